@@ -1,0 +1,65 @@
+// The arithmetic of merging statistics, for device and host: the kernel uses it, and test_merge.cpp checks it.
+
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define RESNET_FUSED_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define RESNET_FUSED_HOST_DEVICE inline
+#endif
+
+namespace resnet_fused {
+
+// Statistics of `count` values: their mean, and m2 = sum((value - mean)^2). The count is an exact integer: a float
+// counts no further than 2^24, and one channel of a batch of 256 images of 256 x 256 has that many values.
+struct Moments {
+    std::int64_t count;
+    float mean;
+    float m2;
+};
+
+// Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1:
+//     mean = a.mean + delta * nb/n,  m2 = a.m2 + b.m2 + delta^2 * na*nb/n,  delta = b.mean - a.mean
+// An empty side is ignored, whatever its mean and m2 hold. Where delta is not finite the mean is taken as the weighted
+// sum instead, so that a mean of inf stays inf, as the mean over all values would (its m2 is NaN already).
+RESNET_FUSED_HOST_DEVICE Moments merge(const Moments& a, const Moments& b) {
+    if (b.count <= 0) return a;
+    if (a.count <= 0) return b;
+    const std::int64_t count = a.count + b.count;
+    const float n = static_cast<float>(count);
+    const float share_a = static_cast<float>(a.count) / n;
+    const float share_b = static_cast<float>(b.count) / n;
+    const float delta = b.mean - a.mean;
+    Moments merged;
+    merged.count = count;
+    merged.mean = fabsf(delta) <= FLT_MAX ? fmaf(delta, share_b, a.mean) : fmaf(b.mean, share_b, a.mean * share_a);
+    merged.m2 = fmaf(delta * delta, static_cast<float>(a.count) * share_b, a.m2 + b.m2);
+    return merged;
+}
+
+// What a batch norm needs of one channel.
+struct Finalized {
+    float scale;
+    float shift;
+    float mean;
+    float rstd;
+    float var_unbiased;
+};
+
+// The literal formula: without any value rstd is NaN and mean 0, with one value var_unbiased is 0/0 = NaN, as in
+// PyTorch.
+RESNET_FUSED_HOST_DEVICE Finalized finalize(const Moments& total, float gamma, float beta, float eps) {
+    Finalized result;
+    result.mean = total.mean;
+    result.rstd = 1.0f / sqrtf(total.m2 / static_cast<float>(total.count) + eps);
+    result.scale = gamma * result.rstd;
+    result.shift = fmaf(-total.mean, result.scale, beta);
+    result.var_unbiased = total.m2 / static_cast<float>(total.count - 1);
+    return result;
+}
+
+}  // namespace resnet_fused

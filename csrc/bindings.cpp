@@ -1,0 +1,13 @@
+// The extension resnet_fused._C: one register call per area. It knows nothing of torch: functions take device pointers
+// as integers, sizes, and a stream, and throw on bad arguments.
+
+#include <pybind11/pybind11.h>
+
+#include "batch_norm/finalize.h"
+#include "common/device.h"
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "CUDA kernels of resnet_fused, free of torch.";
+    resnet_fused::register_device(module);
+    resnet_fused::register_batch_norm(module);
+}

@@ -1,0 +1,30 @@
+"""Fused residual blocks for PyTorch: drop-in BasicBlock, Bottleneck and stem, and a one-line swap of whole models."""
+
+from __future__ import annotations
+
+from resnet_fused import aten as _aten
+from resnet_fused import cuda as _cuda
+from resnet_fused import models
+from resnet_fused.backends import use_backend
+from resnet_fused.blocks import BasicBlock, Bottleneck
+from resnet_fused.blocks.paths import disabled
+from resnet_fused.convert import fuse, unfuse
+from resnet_fused.report import Explanation, Report, explain, report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "Explanation",
+    "Report",
+    "disabled",
+    "explain",
+    "fuse",
+    "models",
+    "report",
+    "unfuse",
+    "use_backend",
+]
+
+del _aten, _cuda

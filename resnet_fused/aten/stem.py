@@ -1,0 +1,52 @@
+"""``stem`` in PyTorch's passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnet_fused import backends, reference
+from resnet_fused.aten.conv import conv_bias
+from resnet_fused.aten.pointwise import activation, output_gradient, sums
+from resnet_fused.reference import POOL, channels_last
+
+
+def forward(y, scale, shift) -> Tensor:
+    """The activation, then the pool."""
+    return channels_last(F.max_pool2d(activation(y, scale, shift), 3, 2, 1))
+
+
+def infer(x, weight, bias, stride, padding) -> Tensor:
+    """Convolution with bias and ReLU, then the pool."""
+    return channels_last(F.max_pool2d(conv_bias(x, weight, bias, None, stride, [padding] * 2, 1, 1, True), 3, 2, 1))
+
+
+def _gradient(dout, y, scale, shift) -> Tensor:
+    z = activation(y, scale, shift)
+    pooled, index = torch.ops.aten.max_pool2d_with_indices(z, *POOL)
+    # A window whose greatest value is 0 passes nothing on, so the ReLU's mask is applied to the pooled gradient.
+    dout = torch.ops.aten.threshold_backward(channels_last(dout), pooled, 0)
+    return channels_last(torch.ops.aten.max_pool2d_with_indices_backward(dout, z, *POOL, index))
+
+
+def reduce(dout, y, scale, shift, mean, rstd) -> tuple[Tensor, Tensor]:
+    """The winners found again, the gradient scattered, one reduction."""
+    return sums(_gradient(dout, y, scale, shift), y, mean, rstd)
+
+
+def apply(dout, y, scale, shift, a, b, c) -> Tensor:
+    """The winners found again, the gradient scattered, two passes."""
+    return output_gradient(_gradient(dout, y, scale, shift), None, y, a, b, c, y.dtype)
+
+
+def backward(dout, y, scale, shift, mean, rstd, weight, count) -> tuple[Tensor, Tensor, Tensor]:
+    """The winners found again once."""
+    dz = _gradient(dout, y, scale, shift)
+    dbeta, dgamma = sums(dz, y, mean, rstd)
+    a, b, c = (scale, None, None) if count is None else reference.bn_coefficients(dbeta, dgamma, weight, mean, rstd, count)
+    return output_gradient(dz, None, y, a, b, c, y.dtype), dbeta, dgamma
+
+
+for _function in (forward, infer, reduce, apply, backward):
+    backends.register(f"stem_{_function.__name__}", "aten", _function)

@@ -1,0 +1,139 @@
+"""A convolution with its batch norm: the step that every dataflow repeats, forward and backward."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resnet_fused import backends, ops
+from resnet_fused.operands import Conv, Gradient, Norm, TileStatistics
+from resnet_fused.reference import compute_dtype
+
+
+class NormSpec(NamedTuple):
+    """What is fixed about a batch norm."""
+
+    eps: float
+    frozen: bool  # normalise with the running statistics
+    group: Any = None  # process group whose ranks share the batch statistics
+
+
+class Layer(NamedTuple):
+    """What is fixed about a convolution and its norm."""
+
+    kernel: int
+    conv: Conv
+    norm: NormSpec
+
+
+class NormParameters(NamedTuple):
+    """Tensors of a batch norm, each (C,) or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+class NormResult(NamedTuple):
+    """A norm applied to a batch; ``count`` and ``var`` are None for frozen statistics."""
+
+    norm: Norm
+    count: Tensor | None  # (T,) int32, values per channel behind the statistics
+    var: Tensor | None  # (C,) unbiased variance
+
+
+def normalise(spec: NormSpec, parameters: NormParameters, tiles: TileStatistics | None, dtype: torch.dtype) -> NormResult:
+    """Resolve a norm from its batch's tiles (merged across ranks if it is synchronised) or its running statistics."""
+    weight, bias, running_mean, running_var = parameters
+    if spec.frozen:
+        norm = ops.batch_norm.frozen(weight, bias, running_mean, running_var, spec.eps, compute_dtype(dtype))
+        return NormResult(norm, None, None)
+    if spec.group is not None:
+        tiles = _gather(tiles, spec.group)
+    norm, var = ops.batch_norm.finalize(tiles, weight, bias, spec.eps)
+    return NormResult(norm, tiles.count, var)
+
+
+def _gather(tiles: TileStatistics, group: Any) -> TileStatistics:
+    """One tile per rank; the count travels as bits in the same message."""
+    merged = ops.batch_norm.merge(tiles)
+    dtype, channels = merged.mean.dtype, merged.mean.shape[1]
+    bits = merged.count.to(torch.int32 if dtype == torch.float32 else torch.int64).view(dtype)
+    message = torch.cat([merged.mean[0], merged.m2[0], bits])
+    gathered = message.new_empty((dist.get_world_size(group), message.numel()))
+    dist.all_gather_into_tensor(gathered, message, group)
+    mean, m2, bits = gathered.split([channels, channels, 1], 1)
+    count = bits.contiguous().view(torch.int32 if dtype == torch.float32 else torch.int64)
+    return TileStatistics(count.view(-1).to(torch.int32), mean.contiguous(), m2.contiguous())
+
+
+def coefficients(
+    spec: NormSpec, weight: Tensor | None, result: NormResult, dbeta: Tensor | None, dgamma: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(a, b, c)`` of ``dy = a * dz + b * y + c``."""
+    if spec.frozen:
+        return result.norm.scale, None, None
+    if spec.group is not None:
+        both = torch.stack([dbeta, dgamma])
+        dist.all_reduce(both, group=spec.group)
+        dbeta, dgamma = both.unbind()
+    return ops.batch_norm.coefficients(dbeta, dgamma, weight, result.norm, result.count)
+
+
+def output_gradient(
+    spec: NormSpec, weight: Tensor | None, result: NormResult, y: Tensor, grad: Gradient, dbeta: Tensor | None, dgamma: Tensor | None
+) -> Gradient:
+    """The gradient of the convolution's output ``y``, deferred, from that of its norm's output."""
+    a, b, c = coefficients(spec, weight, result, dbeta, dgamma)
+    return Gradient(grad.dz, grad.sign, None if b is None else y, a, b, c)
+
+
+def conv_backward(
+    layer: Layer,
+    grad: Gradient,
+    weight: Tensor,
+    x: Any,
+    norm: Norm | None,
+    *,
+    need_dx: bool,
+    need_dw: bool,
+    skip: Gradient | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``(dx, dbeta, dgamma, dw)`` of one convolution, whichever are wanted; ``weight`` is the parameter itself."""
+    op = ops.conv(layer.kernel)
+    dtype = (x if isinstance(x, Tensor) else x.y).dtype
+    operand = weight.to(dtype)
+    if need_dx and need_dw:
+        return op.bprop(grad, operand, x, norm, layer.conv, dtype=weight.dtype, skip=skip)
+    if need_dx:
+        return (*op.dgrad(grad, operand, x, norm, layer.conv, skip=skip), None)
+    if need_dw:
+        return None, None, None, op.wgrad(grad, operand, x, layer.conv, dtype=weight.dtype)
+    return None, None, None, None
+
+
+def like(gradient: Tensor | None, parameter: Tensor | None, needed: bool) -> Tensor | None:
+    """A parameter's gradient in its dtype; None where none is wanted."""
+    if not needed or gradient is None or parameter is None:
+        return None
+    return gradient.to(parameter.dtype)
+
+
+def no_autocast(tensor: Tensor) -> Any:
+    """Autocast switched off for ``tensor``'s device: operands have their dtypes already."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def forced_backend() -> str | None:
+    """The backend in force, for backward to run under; None while compiling, where the choice is made at run time."""
+    return None if torch.compiler.is_compiling() else backends.forced()
+
+
+def same_backend(name: str | None) -> Any:
+    """The backend that forward ran under."""
+    return contextlib.nullcontext() if name is None else backends.use_backend(name)

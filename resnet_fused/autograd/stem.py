@@ -1,0 +1,89 @@
+"""The end of the stem, ``max_pool2d(relu(bn(y)), 3, 2, 1)``, as one function; saved are ``y`` and the norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnet_fused import ops
+from resnet_fused.autograd.layer import (
+    NormParameters,
+    NormResult,
+    NormSpec,
+    coefficients,
+    forced_backend,
+    like,
+    no_autocast,
+    normalise,
+    same_backend,
+)
+from resnet_fused.operands import Deferred, Norm
+from resnet_fused.reference import channels_last
+
+
+class StemFunction(torch.autograd.Function):
+    """``(out, mean, var)``; the moments are missing under frozen statistics.
+
+    Args (of ``apply``):
+        spec: NormSpec.
+        y: (N, C, H, W) channels_last, the stem convolution's output.
+        parameters: weight, bias, running mean and variance of the norm.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, spec: NormSpec, y: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        tiles = None if spec.frozen else ops.batch_norm.statistics(y)
+        result = normalise(spec, NormParameters(*parameters), tiles, y.dtype)
+        out = ops.stem.forward(Deferred(y, result.norm.scale, result.norm.shift))
+        moments = [] if result.count is None else [result.norm.mean, result.var]
+        ctx.mark_non_differentiable(*moments)
+        if any(ctx.needs_input_grad):
+            ctx.spec, ctx.backend = spec, forced_backend()
+            ctx.set_materialize_grads(False)
+            kept = parameters if spec.frozen else (*parameters[:2], None, None)
+            ctx.save_for_backward(y, *result.norm, result.count, *kept)
+        return (out, *moments)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        spec: NormSpec = ctx.spec
+        y, *norm, count, weight, bias, mean, var = ctx.saved_tensors
+        _, need_y, need_weight, need_bias, *_ = ctx.needs_input_grad
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(spec, ctx.needs_input_grad, dout, y, weight, bias, mean, var)
+        result = NormResult(Norm(*norm), count, None)
+        dout = channels_last(dout)
+        with no_autocast(dout), same_backend(ctx.backend):
+            if not need_y:
+                dy = None
+                dbeta, dgamma = ops.stem.reduce(dout, y, result.norm)
+            elif spec.group is None:
+                dy, dbeta, dgamma = ops.stem.backward(dout, y, result.norm, weight, count)
+            else:
+                dbeta, dgamma = ops.stem.reduce(dout, y, result.norm)
+                dy = ops.stem.apply(dout, y, result.norm, *coefficients(spec, weight, result, dbeta, dgamma))
+        return None, dy, like(dgamma, weight, need_weight), like(dbeta, bias, need_bias), None, None
+
+
+def composition(spec: NormSpec, y: Tensor, weight, bias, mean, var) -> Tensor:
+    """The stem's end as PyTorch's own operators, differentiable any number of times."""
+    statistics = (mean, var) if spec.frozen else (None, None)
+    return F.max_pool2d(F.relu(F.batch_norm(y, *statistics, weight, bias, not spec.frozen, 0.0, spec.eps)), 3, 2, 1)
+
+
+def _differentiable_backward(spec, needs, dout, *inputs) -> tuple[Tensor | None, ...]:
+    if spec.group is not None:
+        raise NotImplementedError(
+            "StemFunction: expected a single backward through synchronised batch norm, got create_graph=True; "
+            "run the model inside resnet_fused.disabled()"
+        )
+    with torch.enable_grad(), no_autocast(dout):
+        out = composition(spec, *inputs)
+        wanted = [t for t, need in zip(inputs, needs[1:], strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, allow_unused=True))
+    return (None, *(next(found) if need else None for need in needs[1:]))

@@ -1,0 +1,114 @@
+"""Which backend runs an op: the registry, the choice, and how it is made visible.
+
+An implementation joins with :func:`register`; a single predicate, ``unsupported_reason(*args) -> str | None``, serves the
+choice, the error text of a forced backend, the log line of a fallback and the skips of tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from resnet_fused import config
+
+logger = logging.getLogger("resnet_fused")
+fallbacks: Counter[tuple[str, str]] = Counter()
+"""How often an op or block did not take its fused path, by (name, reason)."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's code for one op."""
+
+    backend: str
+    run: Callable[..., Any]
+    unsupported_reason: Callable[..., str | None]
+    default: bool  # False: runs only when forced (no GPU has proved it yet)
+
+
+_table: dict[str, dict[str, Implementation]] = {}
+_forced: ContextVar[str | None] = ContextVar("resnet_fused_backend", default=None)
+
+
+def always(*args: Any) -> None:
+    """The predicate of an implementation that supports everything its op's checks let through."""
+    return None
+
+
+def register(
+    op: str, backend: str, run: Callable[..., Any], unsupported_reason: Callable[..., str | None] = always, *, default: bool = True
+) -> None:
+    """Add ``backend``'s implementation of ``op``."""
+    config.check_backend(backend, "register")
+    _table.setdefault(op, {})[backend] = Implementation(backend, run, unsupported_reason, default)
+
+
+def implementations(op: str) -> dict[str, Implementation]:
+    """The registered implementations of ``op``, by backend."""
+    return _table.get(op, {})
+
+
+def operations() -> list[str]:
+    """Names of all ops that have an implementation."""
+    return sorted(_table)
+
+
+def forced() -> str:
+    """The backend in force: of the innermost :func:`use_backend`, else of ``RESNET_FUSED_BACKEND``, else ``"auto"``."""
+    return _forced.get() or config.backend()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend on every op within the context; ``"auto"`` restores the choice.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+    token = _forced.set(config.check_backend(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def unavailable(op: str, backend: str, *args: Any) -> str | None:
+    """Why ``backend`` cannot run ``op`` on these arguments; None if it can."""
+    found = _table.get(op, {}).get(backend)
+    if found is None:
+        return f"no {backend} implementation is registered"
+    return found.unsupported_reason(*args)
+
+
+def choose(op: str, *args: Any) -> Implementation:
+    """The implementation that runs ``op`` on these arguments.
+
+    Raises:
+        NotImplementedError: the forced backend cannot run them; the text says why.
+    """
+    name = forced()
+    if name != "auto":
+        reason = unavailable(op, name, *args)
+        if reason is not None:
+            raise NotImplementedError(f"{op}: expected arguments that the forced backend {name} supports, got: {reason}")
+        return _table[op][name]
+    for backend in config.BACKENDS:
+        found = _table[op].get(backend)
+        if found is not None and found.default:
+            reason = found.unsupported_reason(*args)
+            if reason is None:
+                return found
+            note_fallback(f"{op}[{backend}]", reason, level=logging.DEBUG)
+    raise NotImplementedError(f"{op}: expected arguments that some backend supports, got none that does")
+
+
+def note_fallback(name: str, reason: str, *, level: int = logging.INFO) -> None:
+    """Count a fallback and log it the first time."""
+    fallbacks[name, reason] += 1
+    if fallbacks[name, reason] == 1:
+        logger.log(level, "%s: %s; running the next choice instead", name, reason)

@@ -1,0 +1,73 @@
+"""Reading batch norm modules: which are known, what they normalise with, and their running statistics."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from resnet_fused.autograd.layer import NormParameters, NormSpec
+from resnet_fused.blocks.paths import Reason
+
+# FrozenBatchNorm2d is known by name, so that torchvision stays optional.
+_FROZEN = {("torchvision.ops.misc", "FrozenBatchNorm2d")}
+
+
+def is_frozen_class(norm: nn.Module) -> bool:
+    return (type(norm).__module__, type(norm).__qualname__) in _FROZEN
+
+
+def unsupported(norm: nn.Module) -> Reason | None:
+    """Why ``norm`` is no batch norm that the fused path knows; exact types only, a subclass may do anything."""
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_frozen_class(norm):
+        return None
+    return Reason("norm", f"norm layer {type(norm).__name__} is not BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d")
+
+
+def batch_statistics(norm: nn.Module) -> bool:
+    """Whether ``norm`` normalises with the batch's statistics, as ``_BatchNorm.forward`` decides it."""
+    return not is_frozen_class(norm) and (norm.training or norm.running_mean is None or norm.running_var is None)
+
+
+def spec(norm: nn.Module) -> NormSpec:
+    """What is fixed about ``norm`` in this call."""
+    return NormSpec(norm.eps, not batch_statistics(norm), _group(norm))
+
+
+def parameters(norm: nn.Module) -> NormParameters:
+    """The tensors of ``norm``."""
+    return NormParameters(norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+
+def _group(norm: nn.Module):
+    if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group if norm.process_group is not None else dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def check_batch(norm: nn.Module, shape: tuple) -> None:
+    """PyTorch's error for batch statistics over a single value per channel.
+
+    Raises:
+        ValueError: ``norm`` takes batch statistics of one value.
+    """
+    if norm.training and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+
+
+@torch.no_grad()
+def update_running(norm: nn.Module, mean: Tensor, var: Tensor) -> None:
+    """Move the running estimates towards a batch's mean and unbiased variance, as ``_BatchNorm.forward`` does."""
+    if not (norm.training and norm.track_running_stats):
+        return
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+    if norm.running_mean is None or momentum is None:
+        return
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
+        weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+        running.lerp_(batch.to(running.dtype), weight)

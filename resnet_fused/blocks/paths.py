@@ -1,0 +1,100 @@
+"""Which path a fused block takes for a call, why, and how that is made visible."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+from resnet_fused import backends
+
+TRAIN, INFER, ORIGINAL = "train", "infer", "original"
+
+
+class Reason(NamedTuple):
+    """Why a block is not fused: a short stable code and a sentence."""
+
+    code: str
+    detail: str
+
+
+class Call(NamedTuple):
+    """One call of a fused module, as :func:`recording` collects them."""
+
+    module: nn.Module
+    path: str
+    reason: Reason | None
+
+
+_disabled: ContextVar[bool] = ContextVar("resnet_fused_disabled", default=False)
+_recorder: ContextVar[list[Call] | None] = ContextVar("resnet_fused_recorder", default=None)
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Run every fused block by its original forward within the context."""
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Collect the path of every fused module called within the context."""
+    calls: list[Call] = []
+    token = _recorder.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorder.reset(token)
+
+
+def take(module: nn.Module, path: str, reason: Reason | None = None) -> None:
+    """Make the path of one call visible: to a recorder, and (a fallback) in the log and the counts."""
+    calls = _recorder.get()
+    if calls is not None:
+        calls.append(Call(module, path, reason))
+    if reason is not None:
+        backends.note_fallback(type(module).__name__, reason.detail)
+
+
+def transformed(x: Any) -> Reason | None:
+    """Why the way this call is made (not the block itself) needs PyTorch's own operators."""
+    if _disabled.get():
+        return Reason("disabled", "inside resnet_fused.disabled()")
+    if isinstance(x, torch.fx.Proxy):
+        return Reason("fx", "symbolic tracing sees the original modules (name the block a leaf to keep it fused)")
+    if torch.jit.is_tracing():
+        return Reason("tracing", "torch.jit.trace and ONNX export record the original modules")
+    if torch.onnx.is_in_onnx_export():
+        return Reason("onnx", "ONNX export needs PyTorch's own operators")
+    if torch._C._are_functorch_transforms_active():
+        return Reason("functorch", "vmap, grad and jvp differentiate PyTorch's own operators")
+    if forward_ad._current_level >= 0:
+        return Reason("forward-mode", "forward-mode differentiation needs PyTorch's own operators")
+    if type(x) not in (Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
+        return Reason("subclass", f"the input is a {type(x).__name__}")
+    return None
+
+
+def hooked(module: nn.Module) -> Reason | None:
+    """Why hooks forbid to skip the calls of ``module``'s children (the blocks' own hooks run as ever)."""
+    for name, child in module.named_modules():
+        if child is not module and has_hooks(child):
+            return Reason("hooks", f"{name} has a hook or a parametrization that only its own call runs")
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,0 +1,261 @@
+"""The forward of every fused residual block: decide on a path, then train, infer or run the original modules."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import ops
+from resnet_fused.autograd.layer import Layer, no_autocast
+from resnet_fused.autograd.residual import ResidualFunction, ResidualSpec
+from resnet_fused.backends import use_backend
+from resnet_fused.blocks import folding, norms, paths
+from resnet_fused.blocks.paths import Reason
+from resnet_fused.operands import Conv
+from resnet_fused.ops._conv import output_size
+
+
+class Structure(NamedTuple):
+    """The modules of a residual block by their part in the dataflow."""
+
+    chain: tuple[tuple[nn.Module, nn.Module], ...]  # (convolution, norm), a ReLU between them and after the sum
+    projection: tuple[nn.Module, nn.Module] | None  # (convolution, norm) of the shortcut
+    before: nn.Module | None  # run by PyTorch on the shortcut: in front of the projection, or all of it
+
+
+class FusedResidual:
+    """Mixin over a residual block's class; :mod:`resnet_fused.adapters` says how to read that class.
+
+    A fused class names, besides the mixin and the original, ``_original_forward`` and ``kind``.
+    """
+
+    kind: ClassVar[str]
+    _resnet_fused_backend: str = "auto"
+
+    # --- what an adapter tells -----------------------------------------------------------------------------------------
+
+    def _chain(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        """(convolution, norm) in order."""
+        raise NotImplementedError
+
+    def _declined(self) -> Reason | None:
+        """Why a part of this block that ``_chain`` does not show cannot be fused."""
+        return None
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._original_forward(x)
+        return self._fused_forward(x)
+
+    @torch.jit.unused
+    def _fused_forward(self, x: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        structure = reason = None
+        if not compiling:
+            reason = paths.transformed(x)
+        if reason is None:
+            structure = read(self)
+            reason = structure if isinstance(structure, Reason) else (paths.hooked(self) or _input_reason(structure, x))
+        if reason is not None:
+            if not compiling:
+                paths.take(self, paths.ORIGINAL, reason)
+            return self._original_forward(x)
+        path = _infer if _frozen_without_gradient(self, structure, x) else _train
+        if compiling:
+            return path(structure, x)
+        paths.take(self, paths.INFER if path is _infer else paths.TRAIN)
+        if self._resnet_fused_backend == "auto":
+            return path(structure, x)
+        with use_backend(self._resnet_fused_backend):
+            return path(structure, x)
+
+    @torch.jit.unused
+    def train(self, mode: bool = True):
+        """As ``nn.Module.train``; folded weights are made anew."""
+        folding.forget(self)
+        return super().train(mode)
+
+
+# --- reading a block ------------------------------------------------------------------------------------------------
+
+
+def read(block: Any) -> Structure | Reason:
+    """The structure of ``block``, or why it is not one that the fused path computes."""
+    reason = block._declined()
+    if reason is not None:
+        return reason
+    chain = block._chain()
+    before, projection = _read_shortcut(block.downsample)
+    for conv, norm in chain if projection is None else (*chain, projection):
+        reason = _conv_reason(conv) or norms.unsupported(norm)
+        if reason is not None:
+            return reason
+    return Structure(chain, projection, before)
+
+
+def _read_shortcut(downsample: nn.Module | None) -> tuple[nn.Module | None, tuple[nn.Module, nn.Module] | None]:
+    """The part of a shortcut that PyTorch runs, and the 1x1 convolution with its norm that the block fuses."""
+    if downsample is None or type(downsample) is nn.Identity:
+        return None, None
+    if type(downsample) is not nn.Sequential:
+        return downsample, None
+    parts = [m for m in downsample if type(m) is not nn.Identity]
+    if len(parts) < 2 or type(parts[-2]) is not nn.Conv2d or _conv_reason(parts[-2]) or norms.unsupported(parts[-1]):
+        return downsample, None
+    if len(parts) == 2:
+        return None, (parts[0], parts[1])
+    if len(parts) == 3:
+        return parts[0], (parts[1], parts[2])
+    return downsample, None
+
+
+def _conv_reason(conv: nn.Module) -> Reason | None:
+    """Why ``conv`` is none that the ops compute."""
+    if type(conv) is not nn.Conv2d:
+        return Reason("conv", f"convolution {type(conv).__name__} is not exactly nn.Conv2d")
+    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+    if kernel not in ((1, 1), (3, 3)) or stride[0] != stride[1] or dilation[0] != dilation[1]:
+        return Reason("conv", f"kernel {kernel}, stride {stride}, dilation {dilation} is not a square 1x1 or 3x3 convolution")
+    if conv.padding != (dilation[0] * (kernel[0] // 2),) * 2 or conv.padding_mode != "zeros":
+        return Reason("conv", f"padding {conv.padding} ({conv.padding_mode}) is not zeros of width dilation * (kernel - 1) / 2")
+    if conv.bias is not None:
+        return Reason("conv", "the convolution has a bias")
+    if kernel == (1, 1) and conv.groups != 1:
+        return Reason("conv", f"the 1x1 convolution has {conv.groups} groups")
+    return None
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _input_reason(structure: Structure, x: Tensor) -> Reason | None:
+    """Why this input takes PyTorch's modules, its errors included."""
+    if x.dim() != 4 or x.dtype not in _DTYPES:
+        return Reason("input", f"the input is {x.dim()}-d {x.dtype}, not a 4-d floating tensor")
+    if x.device.type not in ("cpu", "cuda"):
+        return Reason("device", f"no fused path on device {x.device.type}")
+    layers = structure.chain if structure.projection is None else (*structure.chain, structure.projection)
+    dtype = operand_dtype(x)
+    for conv, norm in layers:
+        weight = conv.weight
+        if type(weight) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
+            return Reason("subclass", f"a weight is a {type(weight).__name__}")
+        if weight.device != x.device:
+            return Reason("input", f"the input is on {x.device}, a weight on {weight.device}")
+        if weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            return Reason("input", f"the input is {x.dtype}, a weight {weight.dtype}")
+    if x.shape[1] != structure.chain[0][0].in_channels:
+        return Reason("input", f"the input has {x.shape[1]} channels, the first convolution {structure.chain[0][0].in_channels}")
+    if x.numel() == 0 and not any(norms.spec(norm).group is not None for _, norm in layers):
+        return Reason("empty", "the input is empty")
+    return None
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the convolutions read ``x``: autocast's where it is on, ``x``'s otherwise."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _frozen_without_gradient(block: Any, structure: Structure, x: Tensor) -> bool:
+    layers = structure.chain if structure.projection is None else (*structure.chain, structure.projection)
+    if any(norms.batch_statistics(norm) for _, norm in layers):
+        return False
+    if x.dtype != operand_dtype(x) and structure.projection is None:
+        return False
+    return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+
+
+# --- the two fused paths --------------------------------------------------------------------------------------------
+
+
+def geometry(conv: nn.Module) -> Conv:
+    """A module's convolution as the ops know it."""
+    return Conv(conv.stride[0], conv.dilation[0], conv.groups)
+
+
+def _layer(conv: nn.Module, norm: nn.Module) -> Layer:
+    return Layer(conv.kernel_size[0], geometry(conv), norms.spec(norm))
+
+
+def _check_batches(structure: Structure, x: Tensor, source: Tensor) -> None:
+    """PyTorch's errors before any running statistic moves."""
+    for chain, shape in ((structure.chain, tuple(x.shape)), ((structure.projection,), tuple(source.shape))):
+        for pair in chain:
+            if pair is not None:
+                shape = output_shape(pair[0], shape)
+                norms.check_batch(pair[1], shape)
+
+
+def output_shape(conv: nn.Module, shape: tuple) -> tuple:
+    """Shape of ``conv``'s output for an input of ``shape``."""
+    size = (output_size(s, conv.kernel_size[0], conv.stride[0], conv.dilation[0]) for s in shape[2:])
+    return (shape[0], conv.out_channels, *size)
+
+
+def _train(structure: Structure, x: Tensor) -> Tensor:
+    """The deferred algorithm with its gradients: batch statistics, frozen ones, or a mixture."""
+    dtype = operand_dtype(x)
+    shortcut = x if structure.before is None else structure.before(x)
+    _check_batches(structure, x, shortcut)
+    # The identity is the block's own input unless autocast gives the convolutions another dtype.
+    outside = None if structure.before is None and (structure.projection is not None or x.dtype == dtype) else shortcut
+    if outside is not None:
+        outside = outside.to(dtype if structure.projection is not None else outside.dtype)
+        outside = outside.contiguous(memory_format=torch.channels_last)
+    layers = structure.chain if structure.projection is None else (*structure.chain, structure.projection)
+    spec = ResidualSpec(
+        tuple(_layer(*pair) for pair in structure.chain),
+        None if structure.projection is None else _layer(*structure.projection),
+        dtype,
+    )
+    flat = [t for conv, norm in layers for t in (conv.weight, *norms.parameters(norm))]
+    with no_autocast(x):
+        operand = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        out, *moments = ResidualFunction.apply(spec, operand, outside, *flat)
+    remaining = iter(moments)
+    for _, norm in layers:
+        if norms.batch_statistics(norm):
+            norms.update_running(norm, next(remaining), next(remaining))
+    return like_eager(out, x, structure.chain)
+
+
+def _infer(structure: Structure, x: Tensor) -> Tensor:
+    """Folded norms: one convolution with bias, ReLU and residual per layer."""
+    dtype = operand_dtype(x)
+    shortcut = x if structure.before is None else structure.before(x)
+    with no_autocast(x):
+        if structure.projection is not None:
+            shortcut = _conv_folded(*structure.projection, _operand(shortcut, dtype), None, False)
+        h = _operand(x, dtype)
+        residual = _operand(shortcut, dtype)
+        for i, (conv, norm) in enumerate(structure.chain):
+            h = _conv_folded(conv, norm, h, residual if i == len(structure.chain) - 1 else None, True)
+    return like_eager(h, x, structure.chain)
+
+
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _conv_folded(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    weight, bias = folding.folded(conv, norm, x.dtype)
+    return ops.conv(conv.kernel_size[0]).infer(x, weight, bias, geometry(conv), residual=residual, relu=relu)
+
+
+def like_eager(out: Tensor, x: Tensor, chain: Any) -> Tensor:
+    """``out`` in the memory format of PyTorch's convolutions: channels_last as soon as input or a weight is."""
+    if is_channels_last(x) or any(is_channels_last(conv.weight) for conv, _ in chain):
+        return out
+    return out.contiguous()
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether the strides say channels_last (and not both formats at once)."""
+    return t.stride(1) == 1 and t.stride(3) == t.shape[1] and t.shape[1] > 1

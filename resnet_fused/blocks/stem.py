@@ -1,0 +1,144 @@
+"""The stem of an ImageNet ResNet: a convolution that stays with PyTorch, then batch norm + ReLU + max-pool in one op."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import ops
+from resnet_fused.autograd.layer import no_autocast
+from resnet_fused.autograd.stem import StemFunction
+from resnet_fused.backends import use_backend
+from resnet_fused.blocks import folding, norms, paths
+from resnet_fused.blocks.parts import activation_reason
+from resnet_fused.blocks.paths import Reason
+from resnet_fused.blocks.residual import is_channels_last, operand_dtype
+
+
+class Stem(NamedTuple):
+    """The four modules in front of the first stage."""
+
+    conv: nn.Module  # any module
+    norm: nn.Module
+    activation: nn.Module
+    pool: nn.Module
+
+
+class FusedStem:
+    """Mixin over a network's class; the class tells its four modules in ``_stem_parts``."""
+
+    kind: ClassVar[str] = "stem"
+    _resnet_fused_backend: str = "auto"
+
+    def _stem_parts(self: Any) -> Stem:
+        return Stem(self.conv1, self.bn1, self.relu, self.maxpool)
+
+    @torch.jit.unused
+    def _fused_stem(self: Any, x: Tensor) -> Tensor:
+        parts = self._stem_parts()
+        compiling = torch.compiler.is_compiling()
+        reason = None if compiling else paths.transformed(x)
+        reason = reason or stem_reason(parts) or _input_reason(x)
+        if reason is not None:
+            if not compiling:
+                paths.take(self, paths.ORIGINAL, reason)
+            return parts.pool(parts.activation(parts.norm(parts.conv(x))))
+        if compiling:
+            return _stem(self, parts, x)
+        if self._resnet_fused_backend == "auto":
+            return _stem(self, parts, x)
+        with use_backend(self._resnet_fused_backend):
+            return _stem(self, parts, x)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        """The forward of torchvision's ResNet."""
+        if torch.jit.is_scripting():
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        else:
+            x = self._fused_stem(x)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        return self.fc(x)
+
+    @torch.jit.unused
+    def train(self, mode: bool = True):
+        """As ``nn.Module.train``; folded weights are made anew."""
+        folding.forget(self)
+        return super().train(mode)
+
+
+def stem_reason(parts: Stem) -> Reason | None:
+    """Why the four modules are not a stem that the fused path computes."""
+    pool = parts.pool
+    if type(pool) is not nn.MaxPool2d or (
+        [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] != [(3, 3), (2, 2), (1, 1), (1, 1)]
+        or pool.ceil_mode
+        or pool.return_indices
+    ):
+        return Reason("pool", f"the stem's pool {pool} is not a 3x3 max-pool of stride 2 and padding 1")
+    reason = norms.unsupported(parts.norm) or activation_reason(parts.activation)
+    if reason is None and any(paths.has_hooks(m) for m in (parts.norm, parts.activation, parts.pool)):
+        reason = Reason("hooks", "norm, activation or pool of the stem has a hook that only its own call runs")
+    return reason
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _input_reason(x: Tensor) -> Reason | None:
+    if x.dim() != 4 or not x.is_floating_point():
+        return Reason("input", f"the input is {x.dim()}-d {x.dtype}, not a 4-d floating tensor")
+    if x.device.type not in ("cpu", "cuda"):
+        return Reason("device", f"no fused path on device {x.device.type}")
+    if x.numel() == 0:
+        return Reason("empty", "the input is empty")
+    return None
+
+
+def _foldable(conv: nn.Module, x: Tensor) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.bias is None
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and conv.stride[0] == conv.stride[1]
+        and conv.padding[0] == conv.padding[1]
+        and conv.weight.dtype == x.dtype == operand_dtype(x)
+        and not paths.has_hooks(conv)
+    )
+
+
+def _stem(owner: Any, parts: Stem, x: Tensor) -> Tensor:
+    frozen = not norms.batch_statistics(parts.norm)
+    tensors = (*parts.conv.parameters(), *parts.norm.parameters())
+    gradient = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+    if frozen and not gradient and _foldable(parts.conv, x):
+        if not torch.compiler.is_compiling():
+            paths.take(owner, paths.INFER)
+        weight, bias = folding.folded(parts.conv, parts.norm, x.dtype)
+        out = ops.stem.infer(x, weight, bias, stride=parts.conv.stride[0], padding=parts.conv.padding[0])
+        return out if is_channels_last(x) or is_channels_last(parts.conv.weight) else out.contiguous()
+    y = parts.conv(x)
+    reason = _input_reason(y)
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            paths.take(owner, paths.ORIGINAL, reason)
+        return parts.pool(parts.activation(parts.norm(y)))
+    if not torch.compiler.is_compiling():
+        paths.take(owner, paths.TRAIN if gradient or not frozen else paths.INFER)
+    norms.check_batch(parts.norm, tuple(y.shape))
+    with no_autocast(y):
+        operand = y.contiguous(memory_format=torch.channels_last)
+        out, *moments = StemFunction.apply(norms.spec(parts.norm), operand, *norms.parameters(parts.norm))
+    if moments:
+        norms.update_running(parts.norm, *moments)
+    return out if is_channels_last(y) else out.contiguous()

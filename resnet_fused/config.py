@@ -1,0 +1,24 @@
+"""Every environment variable that the installed package reads. Those of the build are read by ``setup.py``."""
+
+from __future__ import annotations
+
+import os
+
+BACKENDS = ("cuda", "triton", "aten", "reference")
+"""Names of the backends, in the order in which they are preferred where the tables have no entry."""
+
+
+def backend() -> str:
+    """``RESNET_FUSED_BACKEND``: the backend forced on every op, or ``"auto"``.
+
+    Raises:
+        ValueError: the variable is set to an unknown name.
+    """
+    return check_backend(os.environ.get("RESNET_FUSED_BACKEND", "auto"), "RESNET_FUSED_BACKEND")
+
+
+def check_backend(name: str, where: str) -> str:
+    """``name`` itself when it is ``"auto"`` or a backend's name; a ValueError that names ``where`` otherwise."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    return name

@@ -1,0 +1,88 @@
+"""``batch_norm``: the finalize kernel of csrc/batch_norm."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from resnet_fused import backends, extension
+
+
+def finalize(
+    count: Tensor, mean: Tensor, m2: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Merge tiles into ``(scale, shift, mean, rstd, var_unbiased)``, each (C,) fp32, in a fixed order.
+
+    Args:
+        count: (T,) int32; a tile of count 0 is ignored.
+        mean, m2: (T, C) fp32.
+        weight, bias: (C,) of any floating dtype, None for 1 and 0.
+        eps: added to the biased variance.
+    Raises:
+        ValueError: a size is outside the kernel's bounds.
+        RuntimeError: CUDA refused the launch.
+    """
+    kernels = extension.module
+    if kernels is None:
+        raise NotImplementedError(f"bn_finalize: expected the CUDA extension to be loaded, got: {extension.reason}")
+    tiles, channels = mean.shape
+    device = mean.device
+    # The names keep converted copies alive until the kernels are enqueued; the allocator reuses memory in stream order.
+    count, mean, m2 = count.contiguous(), mean.contiguous(), m2.contiguous()
+    gamma, beta = _vector(weight), _vector(bias)
+    scale, shift, batch_mean, rstd, var_unbiased = mean.new_empty((5, channels)).unbind()
+    workspace = torch.empty(kernels.bn_finalize_workspace(tiles, channels), dtype=torch.uint8, device=device)
+    kernels.bn_finalize(
+        count=count.data_ptr(),
+        mean=mean.data_ptr(),
+        m2=m2.data_ptr(),
+        gamma=0 if gamma is None else gamma.data_ptr(),
+        beta=0 if beta is None else beta.data_ptr(),
+        scale=scale.data_ptr(),
+        shift=shift.data_ptr(),
+        batch_mean=batch_mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        var_unbiased=var_unbiased.data_ptr(),
+        workspace=workspace.data_ptr(),
+        tiles=tiles,
+        channels=channels,
+        eps=eps,
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
+    return scale, shift, batch_mean, rstd, var_unbiased
+
+
+def unsupported_reason(
+    count: Tensor, mean: Tensor, m2: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> str | None:
+    """Why the kernel cannot run on these arguments; None if it can."""
+    if extension.module is None:
+        return extension.reason
+    operands = (count, mean, m2, *(v for v in (weight, bias) if v is not None))
+    elsewhere = next((v.device for v in operands if not v.is_cuda or v.device != mean.device), None)
+    if elsewhere is not None:
+        return f"the kernel reads one CUDA device only, and an argument is on {elsewhere}"
+    if mean.dtype != torch.float32:
+        return f"the kernel is written for float32 statistics, not {mean.dtype}"
+    return _no_image(mean.device.index)
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.detach().to(torch.float32).contiguous()
+
+
+@functools.cache
+def _no_image(device: int) -> str | None:
+    """CUDA's text where the extension was built for other architectures."""
+    assert extension.module is not None
+    reason = extension.module.bn_finalize_unsupported(device)
+    if reason is None:
+        return None
+    built = ", ".join(extension.build_info().get("archs", ()))
+    return f"the extension, built for {built}, does not run on cuda:{device}: {reason}"
+
+
+backends.register("bn_finalize", "cuda", finalize, unsupported_reason, default=False)

@@ -1,0 +1,59 @@
+"""The operands that blocks, autograd functions and ops exchange.
+
+All activations are 4-d ``(N, C, H, W)`` tensors in the channels_last memory format; ``M = N*H*W``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Deferred(NamedTuple):
+    """A tensor with its pending normalisation: it stands for ``relu(y * scale + shift)``."""
+
+    y: Tensor  # (N, C, H, W), a convolution's output
+    scale: Tensor  # (C,) fp32 (fp64 for an fp64 y)
+    shift: Tensor  # (C,) as scale
+
+
+class TileStatistics(NamedTuple):
+    """Per-tile mean and sum of squared deviations of a convolution's output; a tile of count 0 is ignored."""
+
+    count: Tensor  # (T,) int32, values per channel in each tile
+    mean: Tensor  # (T, C) fp32 (fp64 for an fp64 output)
+    m2: Tensor  # (T, C) as mean
+
+
+class Norm(NamedTuple):
+    """A batch norm resolved to numbers: ``bn(y) = y * scale + shift``, ``xhat = (y - mean) * rstd``."""
+
+    scale: Tensor  # (C,) gamma * rstd
+    shift: Tensor  # (C,) beta - mean * scale
+    mean: Tensor  # (C,)
+    rstd: Tensor  # (C,)
+
+
+class Gradient(NamedTuple):
+    """The gradient of a convolution's output: ``dy = a * dz' + b * y + c``, never written to memory.
+
+    ``dz'`` is ``dz`` where the ReLU after the block's sum let the value through, else 0; ``sign`` says where. It is None
+    (``dz`` is masked already), the packed 1-bit mask (uint8), or the block's output itself (its sign is the mask).
+    Batch statistics: all of a, b, c. Frozen statistics: ``b``, ``c`` and ``y`` are None.
+    """
+
+    dz: Tensor  # (N, K, P, Q)
+    sign: Tensor | None = None  # (ceil(M*K/8),) uint8, or (N, K, P, Q) floating
+    y: Tensor | None = None  # (N, K, P, Q)
+    a: Tensor | None = None  # (K,) fp32 (fp64)
+    b: Tensor | None = None  # (K,)
+    c: Tensor | None = None  # (K,)
+
+
+class Conv(NamedTuple):
+    """Geometry of a square convolution without bias; padding is ``dilation * (kernel - 1) // 2``."""
+
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1

@@ -1,0 +1,69 @@
+"""Argument checks with one sentence for every op: ``<op>: expected <argument> <requirement>, got <value>``."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def fail(op: str, argument: str, requirement: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{op}: expected {argument} {requirement}, got {got}")
+
+
+def activation(op: str, name: str, t: Tensor) -> None:
+    """4-d and floating."""
+    if t.dim() != 4:
+        fail(op, name, "of 4 dimensions (N, C, H, W)", f"shape {tuple(t.shape)}")
+    if t.dtype not in FLOATING:
+        fail(op, name, "of dtype float32, float16, bfloat16 or float64", t.dtype, TypeError)
+
+
+def same(op: str, name: str, t: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    """The shape, device and (unless told otherwise) dtype of ``other``."""
+    if t.shape != other.shape:
+        fail(op, name, f"of {other_name}'s shape {tuple(other.shape)}", f"shape {tuple(t.shape)}")
+    if t.device != other.device:
+        fail(op, name, f"on {other_name}'s device {other.device}", f"device {t.device}")
+    if dtype and t.dtype != other.dtype:
+        fail(op, name, f"of {other_name}'s dtype {other.dtype}", t.dtype, TypeError)
+
+
+def channels(op: str, like: Tensor, size: Any, **vectors: Tensor | None) -> None:
+    """Each vector that is given has ``size`` elements, lies on ``like``'s device and holds accumulation-dtype values."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    for name, v in vectors.items():
+        if v is None:
+            continue
+        if v.dim() != 1 or v.shape[0] != size:
+            fail(op, name, f"of shape ({size},)", f"shape {tuple(v.shape)}")
+        if v.device != like.device:
+            fail(op, name, f"on device {like.device}", f"device {v.device}")
+        if v.dtype != dtype:
+            fail(op, name, f"of dtype {dtype}", v.dtype, TypeError)
+
+
+def together(op: str, **group: Any) -> bool:
+    """All of a group of optional arguments or none of them; True when given."""
+    given = [name for name, value in group.items() if value is not None]
+    if given and len(given) != len(group):
+        missing = ", ".join(name for name in group if name not in given)
+        fail(op, " and ".join(group), "all given or all None", f"None for {missing}")
+    return bool(given)
+
+
+def sign(op: str, name: str, mask: Tensor | None, dz: Tensor) -> None:
+    """A packed 1-bit mask for ``dz``, or a tensor of its shape whose sign is the mask."""
+    if mask is None:
+        return
+    if mask.dtype == torch.uint8:
+        need = (dz.numel() + 7) // 8
+        if mask.dim() != 1 or mask.shape[0] != need:
+            fail(op, name, f"of shape ({need},), one bit an element of the gradient", f"shape {tuple(mask.shape)}")
+        if mask.device != dz.device:
+            fail(op, name, f"on device {dz.device}", f"device {mask.device}")
+    else:
+        same(op, name, mask, "dz", dz, dtype=False)

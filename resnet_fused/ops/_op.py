@@ -1,0 +1,58 @@
+"""What every op shares: its registration with torch.library and the way a call reaches a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused import backends
+
+NAMESPACE = "resnet_fused"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+ops: dict[str, Op] = {}
+
+
+class Op:
+    """A registered op ``resnet_fused::<name>``.
+
+    Args:
+        schema: torch.library schema, name first.
+        check: raises ValueError or TypeError on arguments outside the contract; the same for eager, CPU, CUDA and fake.
+        fake: output metadata from the arguments.
+    """
+
+    def __init__(self, schema: str, check: Callable[..., None], fake: Callable[..., Any]) -> None:
+        self.name = schema.partition("(")[0]
+        self.check = check
+        _library.define(schema, tags=_TAGS)
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, self.run, key)
+
+        def checked_fake(*args: Any) -> Any:
+            check(*args)
+            return fake(*args)
+
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", checked_fake, lib=_library)
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        ops[self.name] = self
+
+    def run(self, *args: Any) -> Any:
+        """Check the arguments, choose a backend, run it."""
+        self.check(*args)
+        return backends.choose(self.name, *args).run(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        # Straight to the backend when nothing needs to see the op: the dispatcher costs more than a small kernel.
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(args[0]) is not Tensor:
+            return self.overload(*args)
+        return self.run(*args)
+
+
+def empty_channels_last(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised 4-d tensor in channels_last on ``like``'s device."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -1,0 +1,185 @@
+"""What of a model is fused, and which path each block takes for an input."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_fused import backends, config
+from resnet_fused.blocks import paths
+from resnet_fused.blocks.residual import FusedResidual
+from resnet_fused.convert import candidates, reason_to_decline
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block or stem of a model."""
+
+    name: str
+    kind: str  # basic, bottleneck, stem
+    status: str  # fused, declined
+    reason: str | None = None  # code
+    detail: str | None = None  # sentence
+    backends: dict[str, str] = field(default_factory=dict)  # op -> backend, for the device of the block's parameters
+
+
+@dataclass(frozen=True)
+class Report:
+    """The blocks of a model; ``str()`` gives a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def fused(self) -> list[Row]:
+        return [row for row in self.rows if row.status == "fused"]
+
+    @property
+    def declined(self) -> list[Row]:
+        return [row for row in self.rows if row.status == "declined"]
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The rows as plain dictionaries."""
+        return [asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no residual block of torchvision, timm or resnet_fused found"
+        blocks = [row for row in self.rows if row.kind != "stem"]
+        fused = sum(row.status == "fused" for row in blocks)
+        stems = [row.status for row in self.rows if row.kind == "stem"]
+        summary = f"{fused} of {len(blocks)} blocks fused; stem: {', '.join(stems) or 'none found'}"
+        used = [(row.name or "(model)", row.kind, row.status, _summary(row.backends), row.detail or "") for row in self.rows]
+        return f"{table(('name', 'kind', 'status', 'backends', 'detail'), used)}\n{summary}"
+
+
+def _summary(chosen: dict[str, str]) -> str:
+    return ", ".join(dict.fromkeys(chosen.values()))
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Left-aligned columns with a rule below the header."""
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+
+
+_OPS = {
+    "stem": ("bn_statistics", "stem_forward", "stem_infer", "stem_backward"),
+    "block": ("bn_finalize", "bn_coefficients", "bn_add_relu_forward", "bn_add_relu_reduce"),
+    "conv": ("fprop", "infer", "bprop"),
+}
+
+
+def report(model: nn.Module) -> Report:
+    """Every block and stem that could be fused, whether it is, and if not why.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: expected model to be an nn.Module, got {type(model).__name__}")
+    rows = []
+    for name, module in candidates(model):
+        kind = getattr(module, "kind", None) or _kind(module)
+        if not isinstance(module, (FusedResidual, _stem_class())):
+            rows.append(Row(name, kind, "declined", "not-swapped", "not swapped: call resnet_fused.fuse"))
+            continue
+        reason = reason_to_decline(module)
+        if reason is None:
+            rows.append(Row(name, kind, "fused", backends=_backends(module, kind)))
+        else:
+            rows.append(Row(name, kind, "declined", *reason))
+    return Report(tuple(rows))
+
+
+def _stem_class() -> type:
+    from resnet_fused.blocks.stem import FusedStem
+
+    return FusedStem
+
+
+def _kind(module: nn.Module) -> str:
+    from resnet_fused.adapters import fused_classes
+
+    return fused_classes()[type(module)].kind
+
+
+def _backends(module: Any, kind: str) -> dict[str, str]:
+    """For each op of the block: the backend that small operands of the block's dtype and device would get."""
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if kind == "stem":
+        names = list(_OPS["stem"])
+    else:
+        kernels = dict.fromkeys(conv.kernel_size[0] for conv, _ in module._chain())
+        names = [f"conv{k}x{k}_{direction}" for k in kernels for direction in _OPS["conv"]] + list(_OPS["block"])
+    forced = module._resnet_fused_backend
+    forced = backends.forced() if forced == "auto" else forced
+    return {name: forced if forced != "auto" else preferred(name, device) for name in names}
+
+
+def preferred(op: str, device: torch.device) -> str:
+    """The backend that is tried first for ``op`` on ``device`` in the absence of a forced one."""
+    for name in config.BACKENDS:
+        found = backends.implementations(op).get(name)
+        if found is not None and found.default and (name not in ("cuda", "triton") or device.type == "cuda"):
+            return name
+    raise RuntimeError(f"{op}: expected an implementation, got none")
+
+
+# --- explain --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a block or stem."""
+
+    name: str
+    kind: str
+    path: str  # train, infer, original
+    reason: str | None
+    detail: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The path of every block for one input; ``str()`` gives a table."""
+
+    steps: tuple[Step, ...]
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The steps as plain dictionaries."""
+        return [asdict(step) for step in self.steps]
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return "no fused block was called"
+        rows = [(s.name or "(model)", s.kind, s.path, s.reason or "", s.detail or "") for s in self.steps]
+        return table(("name", "kind", "path", "reason", "detail"), rows)
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Run ``model(*args, **kwargs)`` once and tell which path each block took, and why.
+
+    Buffers (running statistics) are put back afterwards; the random state too.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    buffers = {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices), paths.recording() as calls:
+            model(*args, **kwargs)
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+    steps = [
+        Step(names.get(id(call.module), "?"), call.module.kind, call.path, *(call.reason or (None, None))) for call in calls
+    ]
+    return Explanation(tuple(steps))

@@ -1,0 +1,1 @@
+"""Measured configurations: which backend and which tile sizes each op takes, one JSON table per GPU in `tables/`."""
