@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 BACKENDS = ("cuda", "triton", "aten", "reference")
 """Names of the backends, in the order in which they are preferred where the tables have no entry."""
 
 
+@functools.cache
 def backend() -> str:
-    """``RESNET_FUSED_BACKEND``: the backend forced on every op, or ``"auto"``.
+    """``RESNET_FUSED_BACKEND`` when first asked for: the backend forced on every op, or ``"auto"``.
 
     Raises:
         ValueError: the variable is set to an unknown name.

@@ -230,11 +230,11 @@ def test_zero_init_residual():
 def relative_error(values: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     """Root-mean-square error over all elements, relative to the reference's own root mean square."""
     difference = sum(((a.double() - b) ** 2).sum() for a, b in zip(values, reference, strict=True))
-    return (difference / sum((b**2).sum() for b in reference)).sqrt().item()
+    return (difference / sum((b.double() ** 2).sum() for b in reference)).sqrt().item()
 
 
 def run(model: nn.Module, x: torch.Tensor, train: bool) -> dict[str, list[torch.Tensor]]:
-    """What a caller can see of one call: the output, in training also buffers and gradients."""
+    """What a caller can see of one call: the output, in training also the buffers and gradients."""
     model.train(train)
     if not train:
         with torch.no_grad():
@@ -242,21 +242,38 @@ def run(model: nn.Module, x: torch.Tensor, train: bool) -> dict[str, list[torch.
     x = x.clone().requires_grad_()
     output = model(x)
     (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
     return {
         "output": [output.detach()],
-        "buffers": [buffer for buffer in model.buffers() if buffer.is_floating_point()],
-        "gradients": gradients,
-        "input gradient": [x.grad],
-        "counters": [buffer.double() for buffer in model.buffers() if not buffer.is_floating_point()],
+        "buffers": list(model.buffers()),
+        "gradients": [x.grad] + [parameter.grad for parameter in model.parameters()],
     }
 
 
+def assert_computes_the_same(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, train: bool, fused: int) -> None:
+    """``ours`` against the stock ``theirs`` with the same weights, in fp64 and in fp32; ``fused`` modules take part.
+
+    fp32 is measured against fp64, and may have twice the error of ``theirs`` plus 4 eps. ``theirs`` runs in
+    channels_last, as we do inside: oneDNN's fp32 3x3 convolution has 2 to 5 times the error there that it has in NCHW.
+    Gradients of a whole network are no measure of rounding: one activation that changes sides of its ReLU moves them by
+    a per cent, in ``theirs`` as in ours. They are compared tightly in fp64 and against a gross error in fp32.
+    """
+    exact, ours64 = copy.deepcopy(theirs).double(), copy.deepcopy(ours).double()
+    with recording() as calls:
+        got, got64 = run(ours, x, train), run(ours64, x.double(), train)
+    assert [call.path for call in calls] == ["train" if train else "infer"] * (2 * fused)  # none took the original path
+    channels_last = torch.channels_last
+    eager = run(theirs.to(memory_format=channels_last), x.contiguous(memory_format=channels_last), train)
+    for what, expected in run(exact, x.double(), train).items():
+        assert relative_error(got64[what], expected) < 1e-11, what
+        allowed = 2 * relative_error(eager[what], expected) + 4 * torch.finfo(torch.float32).eps
+        assert relative_error(got[what], expected) <= (0.1 if what == "gradients" else allowed), what
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("name", "channels_last"), [("resnet18", False), ("resnet50", True)], ids=["resnet18-nchw", "resnet50-nhwc"]
+)
 def test_output_is_torchvisions(tv, name, channels_last, train):
-    """fp32 error against torchvision in fp64: at most twice torchvision's own, plus a floor of 4 eps."""
     theirs = seeded(getattr(tv, name), num_classes=10)
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm2d):  # statistics and affine of a network that has been trained
@@ -266,19 +283,11 @@ def test_output_is_torchvisions(tv, name, channels_last, train):
             nn.init.uniform_(module.running_var, 0.5, 2.0)
     ours = getattr(models, name)(num_classes=10)
     ours.load_state_dict(theirs.state_dict())
-    exact = copy.deepcopy(theirs).double()
     x = torch.randn(4, 3, 64, 64)
     if channels_last:
-        ours, theirs = (model.to(memory_format=torch.channels_last) for model in (ours, theirs))
-        x = x.contiguous(memory_format=torch.channels_last)
-    with recording() as calls:
-        got = run(ours, x, train)
-    assert {call.path for call in calls} == {"train" if train else "infer"}  # nothing fell back to the original
-    assert len(calls) == 1 + len([m for m in ours.modules() if isinstance(m, (BasicBlock, Bottleneck))])
-    eager, reference = run(theirs, x, train), run(exact, x.double(), train)
-    for what, expected in reference.items():
-        allowed = 2 * relative_error(eager[what], expected) + 4 * torch.finfo(torch.float32).eps
-        assert relative_error(got[what], expected) <= allowed, what
+        ours, x = ours.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    blocks = sum(isinstance(module, (BasicBlock, Bottleneck)) for module in ours.modules())
+    assert_computes_the_same(ours, theirs, x, train, fused=blocks + 1)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -518,7 +527,7 @@ def cifar_by_hand(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("shortcut", ["A", "B", "C"])
 def test_cifar_forward(shortcut, train):
-    """As in test_output_is_torchvisions; an odd size goes through the padding and subsampling."""
+    """Against the paper's description written out; the odd size goes through padding and subsampling."""
 
     class ByHand(nn.Module):
         def __init__(self, model):
@@ -529,16 +538,7 @@ def test_cifar_forward(shortcut, train):
             return cifar_by_hand(self.model, x)
 
     ours = seeded(models.cifar_resnet, 14, shortcut=shortcut)
-    eager, exact = ByHand(copy.deepcopy(ours)), ByHand(copy.deepcopy(ours).double())
-    x = torch.randn(4, 3, 33, 33)
-    with recording() as calls:
-        got = run(ours, x, train)
-    assert [call.path for call in calls] == ["train" if train else "infer"] * 6
-    plain, reference = run(eager, x, train), run(exact, x.double(), train)
-    assert got["output"][0].shape == (4, 10)
-    for what, expected in reference.items():
-        allowed = 2 * relative_error(plain[what], expected) + 4 * torch.finfo(torch.float32).eps
-        assert relative_error(got[what], expected) <= allowed, what
+    assert_computes_the_same(ours, ByHand(copy.deepcopy(ours)), torch.randn(4, 3, 33, 33), train, fused=6)
 
 
 # ---- a model is an ordinary module -----------------------------------------------------------------------------------

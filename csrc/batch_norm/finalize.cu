@@ -43,8 +43,8 @@ Slices slices_of(int tiles) {
 // Merges tiles [begin, end) of one channel per lane. The result is valid in row 0.
 template <typename Count>
 __device__ Moments merge_tiles(const Count* __restrict__ count, const float* __restrict__ mean,
-                               const float* __restrict__ m2, int channels, int channel, std::int64_t begin,
-                               std::int64_t end) {
+                               const float* __restrict__ m2, std::int64_t channels, std::int64_t channel,
+                               std::int64_t begin, std::int64_t end) {
     __shared__ Moments rows[kRows][kChannels];
     Moments total{0, 0.0f, 0.0f};
     if (channel < channels) {
@@ -68,7 +68,7 @@ __device__ Moments merge_tiles(const Count* __restrict__ count, const float* __r
 __global__ void __launch_bounds__(kChannels* kRows)
     merge_slices_kernel(FinalizeParams params, int slice_tiles, std::int64_t* __restrict__ slice_count,
                         float* __restrict__ slice_mean, float* __restrict__ slice_m2) {
-    const int channel = blockIdx.x * kChannels + threadIdx.x;
+    const std::int64_t channel = static_cast<std::int64_t>(blockIdx.x) * kChannels + threadIdx.x;
     const std::int64_t begin = static_cast<std::int64_t>(blockIdx.y) * slice_tiles;
     const std::int64_t end = min(begin + slice_tiles, static_cast<std::int64_t>(params.tiles));
     const Moments total = merge_tiles(params.count, params.mean, params.m2, params.channels, channel, begin, end);
@@ -83,7 +83,7 @@ template <typename Count>
 __global__ void __launch_bounds__(kChannels* kRows)
     finalize_kernel(FinalizeParams params, const Count* __restrict__ count, const float* __restrict__ mean,
                     const float* __restrict__ m2, int tiles) {
-    const int channel = blockIdx.x * kChannels + threadIdx.x;
+    const std::int64_t channel = static_cast<std::int64_t>(blockIdx.x) * kChannels + threadIdx.x;
     const Moments total = merge_tiles(count, mean, m2, params.channels, channel, 0, tiles);
     if (threadIdx.y != 0 || channel >= params.channels) return;
     const float gamma = params.gamma ? params.gamma[channel] : 1.0f;

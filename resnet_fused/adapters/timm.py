@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from resnet_fused.blocks.parts import FusedBasic, FusedBottleneck, activation_reason
 from resnet_fused.blocks.paths import Reason
+from resnet_fused.blocks.residual import renamed
 from resnet_fused.blocks.stem import FusedStem, Stem
 
 
@@ -32,7 +33,7 @@ def _timm_reason(block: Any, *activations: nn.Module) -> Reason | None:
 class BasicBlock(FusedBasic, resnet.BasicBlock):
     """``timm.models.resnet.BasicBlock``, fused."""
 
-    _original_forward = resnet.BasicBlock.forward
+    _original_forward = renamed(resnet.BasicBlock.forward, "_original_forward")
 
     def _declined(self) -> Reason | None:
         return _timm_reason(self, self.act1, self.act2)
@@ -41,7 +42,7 @@ class BasicBlock(FusedBasic, resnet.BasicBlock):
 class Bottleneck(FusedBottleneck, resnet.Bottleneck):
     """``timm.models.resnet.Bottleneck``, fused."""
 
-    _original_forward = resnet.Bottleneck.forward
+    _original_forward = renamed(resnet.Bottleneck.forward, "_original_forward")
 
     def _declined(self) -> Reason | None:
         return _timm_reason(self, self.act1, self.act2, self.act3)
@@ -50,7 +51,7 @@ class Bottleneck(FusedBottleneck, resnet.Bottleneck):
 class ResNet(FusedStem, resnet.ResNet):
     """``timm.models.resnet.ResNet`` with its stem fused, whatever comes before the stem's last norm."""
 
-    _original_forward_features = resnet.ResNet.forward_features
+    _original_forward_features = renamed(resnet.ResNet.forward_features, "_original_forward_features")
 
     def _stem_parts(self) -> Stem:
         return Stem(self.conv1, self.bn1, self.act1, self.maxpool)

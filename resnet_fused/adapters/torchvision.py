@@ -10,19 +10,20 @@ from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
 
 from resnet_fused.blocks.parts import FusedBasic, FusedBottleneck
+from resnet_fused.blocks.residual import renamed
 from resnet_fused.blocks.stem import FusedStem
 
 
 class BasicBlock(FusedBasic, resnet.BasicBlock):
     """``torchvision.models.resnet.BasicBlock``, fused."""
 
-    _original_forward = resnet.BasicBlock.forward
+    _original_forward = renamed(resnet.BasicBlock.forward, "_original_forward")
 
 
 class Bottleneck(FusedBottleneck, resnet.Bottleneck):
     """``torchvision.models.resnet.Bottleneck``, fused."""
 
-    _original_forward = resnet.Bottleneck.forward
+    _original_forward = renamed(resnet.Bottleneck.forward, "_original_forward")
 
 
 class ResNet(FusedStem, resnet.ResNet):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused import backends
 from resnet_fused.aten.batch_norm import statistics as tile_statistics
@@ -27,35 +29,50 @@ def fprop(x, scale, shift, weight, stride, dilation, groups, statistics):
 # --- inference ------------------------------------------------------------------------------------------------------
 
 _PACKED_SIZES = 4
-_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Weight -> {(version, input shape, geometry): the weight in the layout that oneDNN picks for that input}."""
 
 
-def pack(weight: Tensor, shape: torch.Size, padding: list[int], stride: int, dilation: int, groups: int) -> Tensor:
+class _Packed(NamedTuple):
+    owner: weakref.ref[Tensor]
+    version: tuple[int, int]
+    layouts: dict[tuple[Any, ...], Tensor]  # by input shape and geometry
+
+
+_packed: dict[int, _Packed] = {}
+"""By ``id`` of the weight, until it dies."""
+
+
+def pack(weight: Tensor, shape: torch.Size, padding: int, stride: int, dilation: int, groups: int) -> Tensor:
     """``weight`` reordered for inputs of ``shape``; kept as long as the weight lives and is not written to.
 
     oneDNN's choice of layout depends on the input's size: one made without it was measured three times slower.
     """
+    geometry = (padding, stride, dilation, groups)
     if weight.is_inference():  # no version counter, so a kept copy could go stale unseen
-        return _reorder(weight, shape, padding, stride, dilation, groups)
-    kept = _packed.setdefault(weight, {})
-    key = (weight._version, weight.data_ptr(), tuple(shape), padding[0], stride, dilation, groups)
-    if key not in kept:
-        while len(kept) >= _PACKED_SIZES:
-            kept.pop(next(iter(kept)))
+        return _reorder(weight, shape, *geometry)
+    key, version = id(weight), (weight._version, weight.data_ptr())
+    entry = _packed.get(key)
+    if entry is None or entry.owner() is not weight or entry.version != version:
+        owner = weakref.ref(weight, lambda _: _packed.pop(key, None))
+        entry = _packed[key] = _Packed(owner, version, {})
+    layout = entry.layouts.get((shape, *geometry))
+    if layout is None:
+        while len(entry.layouts) >= _PACKED_SIZES:
+            entry.layouts.pop(next(iter(entry.layouts)), None)
         with torch.inference_mode(False):
-            kept[key] = _reorder(weight.detach(), shape, padding, stride, dilation, groups)
-    return kept[key]
+            layout = entry.layouts[(shape, *geometry)] = _reorder(weight.detach(), shape, *geometry)
+    return layout
 
 
 def _reorder(weight, shape, padding, stride, dilation, groups) -> Tensor:
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, [stride] * 2, [dilation] * 2, groups, list(shape))
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, [padding] * 2, [stride] * 2, [dilation] * 2, groups, list(shape)
+    )
 
 
 def conv_bias(x, weight, bias, residual, stride, padding: list[int], dilation, groups, relu) -> Tensor:
     """``relu(conv2d(x, weight, bias) + residual)`` for any kernel size."""
     if onednn(x, weight, bias, residual):
-        packed = pack(weight, x.shape, padding, stride, dilation, groups)
+        packed = pack(weight, x.shape, padding[0], stride, dilation, groups)
         other = None if residual is None else channels_last(residual)
         return channels_last(
             conv_pointwise(x, packed, bias, padding, [stride] * 2, [dilation] * 2, groups, other=other, relu=relu)

@@ -20,11 +20,12 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
 
 def onednn(*tensors: Tensor | None) -> bool:
     """Whether oneDNN's fused entry points take these tensors: on the CPU, fp32, not empty, not switched off."""
-    return (
-        _HAS_ONEDNN
-        and torch._C._get_mkldnn_enabled()
-        and all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() > 0) for t in tensors)
-    )
+    if not (_HAS_ONEDNN and torch._C._get_mkldnn_enabled()):
+        return False
+    for t in tensors:
+        if t is not None and not (t.is_cpu and t.dtype == torch.float32 and t.numel() > 0):
+            return False
+    return True
 
 
 def conv_pointwise(x, weight, bias, padding, stride, dilation, groups, *, other=None, relu: bool) -> Tensor:

@@ -126,7 +126,8 @@ def like(gradient: Tensor | None, parameter: Tensor | None, needed: bool) -> Ten
 
 def no_autocast(tensor: Tensor) -> Any:
     """Autocast switched off for ``tensor``'s device: operands have their dtypes already."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def forced_backend() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from resnet_fused.blocks.parts import FusedBasic, FusedBottleneck
 from resnet_fused.blocks.plain import PlainBasicBlock, PlainBottleneck
+from resnet_fused.blocks.residual import renamed
 
 __all__ = ["BasicBlock", "Bottleneck"]
 
@@ -26,7 +27,7 @@ class BasicBlock(FusedBasic, PlainBasicBlock):
     Source: He et al., arXiv 1512.03385, Fig. 5 left.
     """
 
-    _original_forward = PlainBasicBlock.forward
+    _original_forward = renamed(PlainBasicBlock.forward, "_original_forward")
 
 
 class Bottleneck(FusedBottleneck, PlainBottleneck):
@@ -45,4 +46,4 @@ class Bottleneck(FusedBottleneck, PlainBottleneck):
     Source: He et al., arXiv 1512.03385, Fig. 5 right; stride as in torchvision ("v1.5").
     """
 
-    _original_forward = PlainBottleneck.forward
+    _original_forward = renamed(PlainBottleneck.forward, "_original_forward")

@@ -6,7 +6,7 @@ The kept tensors live outside the modules (weakly keyed), so a module stays pick
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,20 @@ class Folded(NamedTuple):
 
 class _Kept(NamedTuple):
     tensors: tuple[Tensor | None, ...]  # held, so that none of their identities can be taken over by another tensor
-    state: tuple[Any, ...]
+    versions: list[tuple[int, int]]
+    dtype: torch.dtype
+    eps: float
     folded: Folded
+
+    def valid(self, tensors: tuple[Tensor | None, ...], eps: float, dtype: torch.dtype) -> bool:
+        for ours, theirs in zip(self.tensors, tensors, strict=True):
+            if ours is not theirs:
+                return False
+        return self.dtype == dtype and self.eps == eps and self.versions == _versions(tensors)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[tuple[int, int]]:
+    return [(t._version, t.data_ptr()) for t in tensors if t is not None]
 
 
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
@@ -49,14 +61,12 @@ def folded(conv: nn.Module, norm: nn.Module, dtype: torch.dtype) -> Folded:
     if torch.compiler.is_compiling():
         return fold(conv, norm, dtype)
     tensors = (conv.weight, *norms.parameters(norm))
-    if any(t is not None and t.is_inference() for t in tensors):
-        return fold(conv, norm, dtype)
-    state = (dtype, norm.eps, *((t._version, t.data_ptr()) for t in tensors if t is not None))
     kept = _kept.get(conv)
-    if kept is None or kept.state != state or any(a is not b for a, b in zip(kept.tensors, tensors, strict=True)):
+    if kept is None or not kept.valid(tensors, norm.eps, dtype):
+        if any(t is not None and t.is_inference() for t in tensors):  # these have no version to compare
+            return fold(conv, norm, dtype)
         with torch.inference_mode(False), torch.no_grad():
-            kept = _Kept(tensors, state, fold(conv, norm, dtype))
-        _kept[conv] = kept
+            kept = _kept[conv] = _Kept(tensors, _versions(tensors), dtype, norm.eps, fold(conv, norm, dtype))
     return kept.folded
 
 

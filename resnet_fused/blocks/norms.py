@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from resnet_fused.autograd.layer import NormParameters, NormSpec
 from resnet_fused.blocks.paths import Reason
 
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # FrozenBatchNorm2d is known by name, so that torchvision stays optional.
 _FROZEN = {("torchvision.ops.misc", "FrozenBatchNorm2d")}
 
@@ -19,14 +20,16 @@ def is_frozen_class(norm: nn.Module) -> bool:
 
 def unsupported(norm: nn.Module) -> Reason | None:
     """Why ``norm`` is no batch norm that the fused path knows; exact types only, a subclass may do anything."""
-    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_frozen_class(norm):
+    if type(norm) in _BATCH_NORMS or is_frozen_class(norm):
         return None
     return Reason("norm", f"norm layer {type(norm).__name__} is not BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d")
 
 
 def batch_statistics(norm: nn.Module) -> bool:
     """Whether ``norm`` normalises with the batch's statistics, as ``_BatchNorm.forward`` decides it."""
-    return not is_frozen_class(norm) and (norm.training or norm.running_mean is None or norm.running_var is None)
+    if type(norm) not in _BATCH_NORMS:
+        return False
+    return norm.training or norm.running_mean is None or norm.running_var is None
 
 
 def spec(norm: nn.Module) -> NormSpec:
@@ -36,6 +39,10 @@ def spec(norm: nn.Module) -> NormSpec:
 
 def parameters(norm: nn.Module) -> NormParameters:
     """The tensors of ``norm``."""
+    # Straight from the dictionaries of an nn.Module: attribute look-up there costs as much as a small kernel's launch.
+    own, buffers = norm._parameters, norm._buffers
+    if "weight" in own and "running_mean" in buffers:
+        return NormParameters(own["weight"], own["bias"], buffers["running_mean"], buffers["running_var"])
     return NormParameters(norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 

@@ -85,16 +85,19 @@ def transformed(x: Any) -> Reason | None:
     return None
 
 
-def hooked(module: nn.Module) -> Reason | None:
-    """Why hooks forbid to skip the calls of ``module``'s children (the blocks' own hooks run as ever)."""
-    for name, child in module.named_modules():
-        if child is not module and has_hooks(child):
-            return Reason("hooks", f"{name} has a hook or a parametrization that only its own call runs")
-    return None
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its forward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def descendants(module: nn.Module) -> list[nn.Module]:
+    """Every module below ``module``, each call anew: children may be replaced at any time."""
+    found: list[nn.Module] = []
+    for child in module._modules.values():
+        if child is not None:
+            found.append(child)
+            if child._modules:
+                found += descendants(child)
+    return found

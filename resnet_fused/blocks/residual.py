@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +18,13 @@ from resnet_fused.blocks import folding, norms, paths
 from resnet_fused.blocks.paths import Reason
 from resnet_fused.operands import Conv
 from resnet_fused.ops._conv import output_size
+
+
+def renamed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A twin of ``function`` called ``name``: TorchScript compiles a method under the name of its function."""
+    twin = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    twin.__annotations__, twin.__module__ = function.__annotations__, function.__module__
+    return twin
 
 
 class Structure(NamedTuple):
@@ -58,8 +68,8 @@ class FusedResidual:
         if not compiling:
             reason = paths.transformed(x)
         if reason is None:
-            structure = read(self)
-            reason = structure if isinstance(structure, Reason) else (paths.hooked(self) or _input_reason(structure, x))
+            structure = read(self) if compiling else _reread(self)
+            reason = structure if isinstance(structure, Reason) else _input_reason(structure, x)
         if reason is not None:
             if not compiling:
                 paths.take(self, paths.ORIGINAL, reason)
@@ -88,6 +98,8 @@ def read(block: Any) -> Structure | Reason:
     reason = block._declined()
     if reason is not None:
         return reason
+    if any(paths.has_hooks(module) for module in paths.descendants(block)):
+        return Reason("hooks", "a module inside the block has a hook that only its own call runs")
     chain = block._chain()
     before, projection = _read_shortcut(block.downsample)
     for conv, norm in chain if projection is None else (*chain, projection):
@@ -95,6 +107,23 @@ def read(block: Any) -> Structure | Reason:
         if reason is not None:
             return reason
     return Structure(chain, projection, before)
+
+
+_read: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Structure | Reason]] = weakref.WeakKeyDictionary()
+
+
+def _reread(block: Any) -> Structure | Reason:
+    """:func:`read`, done again only when something that it looks at has changed."""
+    signature: list[Any] = []
+    for module in paths.descendants(block):
+        attributes = module.__dict__
+        signature += (module, type(module), attributes["training"], paths.has_hooks(module))
+        if "stride" in attributes:
+            signature += (attributes.get("stride"), attributes.get("padding"), attributes.get("dilation"), attributes.get("groups"))
+    kept = _read.get(block)
+    if kept is None or kept[0] != signature:
+        kept = _read[block] = (signature, read(block))
+    return kept[1]
 
 
 def _read_shortcut(downsample: nn.Module | None) -> tuple[nn.Module | None, tuple[nn.Module, nn.Module] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def unsupported_reason(
         return f"the kernel reads one CUDA device only, and an argument is on {elsewhere}"
     if mean.dtype != torch.float32:
         return f"the kernel is written for float32 statistics, not {mean.dtype}"
-    return _no_image(mean.device.index)
+    return _no_image(extension.module, mean.device.index)
 
 
 def _vector(v: Tensor | None) -> Tensor | None:
@@ -75,10 +76,9 @@ def _vector(v: Tensor | None) -> Tensor | None:
 
 
 @functools.cache
-def _no_image(device: int) -> str | None:
+def _no_image(kernels: ModuleType, device: int) -> str | None:
     """CUDA's text where the extension was built for other architectures."""
-    assert extension.module is not None
-    reason = extension.module.bn_finalize_unsupported(device)
+    reason = kernels.bn_finalize_unsupported(device)
     if reason is None:
         return None
     built = ", ".join(extension.build_info().get("archs", ()))
