@@ -1,6 +1,7 @@
 """Builds the optional CUDA extension `resnet_fused._C`; everything else stands in pyproject.toml.
 
-What to build is decided in tools/cuda_build.py, and only while `build_ext` runs: importing this file starts no compiler.
+What to build is decided in tools/cuda_build.py, and only while `build_ext` runs: importing this file starts
+no compiler.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which backend runs an op: the registry, the choice, and how it is made visible.
 
-An implementation joins with :func:`register`; a single predicate, ``unsupported_reason(*args) -> str | None``, serves the
+An implementation joins with :func:`register`. One predicate, ``unsupported_reason(*args) -> str | None``, serves the
 choice, the error text of a forced backend, the log line of a fallback and the skips of tests.
 """
 
@@ -29,6 +29,7 @@ class Implementation:
     run: Callable[..., Any]
     unsupported_reason: Callable[..., str | None]
     default: bool  # False: runs only when forced (no GPU has proved it yet)
+    bind: Callable[..., Callable[..., Any] | None] | None  # like run, but returns a function of the activations alone
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -41,11 +42,17 @@ def always(*args: Any) -> None:
 
 
 def register(
-    op: str, backend: str, run: Callable[..., Any], unsupported_reason: Callable[..., str | None] = always, *, default: bool = True
+    op: str,
+    backend: str,
+    run: Callable[..., Any],
+    unsupported_reason: Callable[..., str | None] = always,
+    *,
+    default: bool = True,
+    bind: Callable[..., Callable[..., Any] | None] | None = None,
 ) -> None:
-    """Add ``backend``'s implementation of ``op``."""
+    """Add ``backend``'s implementation of ``op``; see :class:`Implementation`."""
     config.check_backend(backend, "register")
-    _table.setdefault(op, {})[backend] = Implementation(backend, run, unsupported_reason, default)
+    _table.setdefault(op, {})[backend] = Implementation(backend, run, unsupported_reason, default, bind)
 
 
 def implementations(op: str) -> dict[str, Implementation]:
@@ -95,7 +102,9 @@ def choose(op: str, *args: Any) -> Implementation:
     if name != "auto":
         reason = unavailable(op, name, *args)
         if reason is not None:
-            raise NotImplementedError(f"{op}: expected arguments that the forced backend {name} supports, got: {reason}")
+            raise NotImplementedError(
+                f"{op}: expected arguments that the forced backend {name} supports, got: {reason}"
+            )
         return _table[op][name]
     for backend in config.BACKENDS:
         found = _table[op].get(backend)

@@ -6,14 +6,14 @@ A swap assigns ``module.__class__``: parameters, buffers, hooks and attributes a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from resnet_fused import config
 from resnet_fused.adapters import fused_classes
-from resnet_fused.blocks import folding
+from resnet_fused.blocks import inference
 from resnet_fused.blocks.paths import Reason
 from resnet_fused.blocks.residual import FusedResidual, read
 from resnet_fused.blocks.stem import FusedStem, stem_reason
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[str, nn.Module], bool]
 
 
-def reason_to_decline(module: nn.Module) -> Reason | None:
+def reason_to_decline(module: Any) -> Reason | None:
     """Why ``module``, of a fused class, runs its original forward whatever the input; None if it is fused."""
     if isinstance(module, FusedResidual):
         found = read(module)
@@ -69,9 +69,13 @@ def fuse(model: Model, *, backend: str = "auto", filter_fn: Filter | None = None
         for module, original in swapped:
             module.__class__ = original
         if not chosen:
-            raise ValueError("fuse: expected at least one residual block of torchvision, timm or resnet_fused, got none")
+            raise ValueError(
+                "fuse: expected at least one residual block of torchvision, timm or resnet_fused, got none"
+            )
         listing = "; ".join(f"{name or 'the model itself'}: {reason.detail}" for name, reason in declined)
-        raise ValueError(f"fuse: expected every chosen block to be fusible, got {len(declined)} that are not: {listing}")
+        raise ValueError(
+            f"fuse: expected every chosen block to be fusible, got {len(declined)} that are not: {listing}"
+        )
     kept_out = {name for name, _ in declined}
     for name, module in chosen:
         module._resnet_fused_backend = backend
@@ -92,13 +96,13 @@ def unfuse(model: Model) -> Model:
     for module in model.modules():
         original = originals.get(type(module))
         if original is not None:
-            folding.forget(module)
+            inference.forget(module)
             module.__class__ = original
             module.__dict__.pop("_resnet_fused_backend", None)
     return model
 
 
-def candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def candidates(model: nn.Module) -> list[tuple[str, Any]]:
     """``(qualified name, module)`` of every block and stem that is fused or has a fused class."""
     classes = fused_classes()
     found = []

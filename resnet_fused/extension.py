@@ -20,8 +20,8 @@ from typing import Any
 _NAME = f"{__package__}._C"
 _RECORD = Path(__file__).with_name("_build_info.json")
 _FIX = (
-    "install again with RESNET_FUSED_CUDA=require (`pip install --no-deps -e .` in a checkout), which either builds the "
-    "extension or stops with the compiler's message"
+    "install again with RESNET_FUSED_CUDA=require (`pip install --no-deps -e .` in a checkout), which either builds "
+    "the extension or stops with the compiler's message"
 )
 
 

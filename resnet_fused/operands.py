@@ -21,7 +21,7 @@ class Deferred(NamedTuple):
 class TileStatistics(NamedTuple):
     """Per-tile mean and sum of squared deviations of a convolution's output; a tile of count 0 is ignored."""
 
-    count: Tensor  # (T,) int32, values per channel in each tile
+    counts: Tensor  # (T,) int32, values per channel in each tile
     mean: Tensor  # (T, C) fp32 (fp64 for an fp64 output)
     m2: Tensor  # (T, C) as mean
 
@@ -38,8 +38,8 @@ class Norm(NamedTuple):
 class Gradient(NamedTuple):
     """The gradient of a convolution's output: ``dy = a * dz' + b * y + c``, never written to memory.
 
-    ``dz'`` is ``dz`` where the ReLU after the block's sum let the value through, else 0; ``sign`` says where. It is None
-    (``dz`` is masked already), the packed 1-bit mask (uint8), or the block's output itself (its sign is the mask).
+    ``dz'`` is ``dz`` where the ReLU after the block's sum let the value through, else 0; ``sign`` says where. It is
+    None (``dz`` is masked already), the packed 1-bit mask (uint8), or the block's output itself (its sign is the mask).
     Batch statistics: all of a, b, c. Frozen statistics: ``b``, ``c`` and ``y`` are None.
     """
 

@@ -6,6 +6,8 @@ hands them to the matrix units or to memory. The functions take the flat argumen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ def up(t: Tensor) -> Tensor:
 
 
 def weight_format(dw: Tensor, weight: Tensor) -> Tensor:
-    """``dw`` with the strides of ``weight`` (contiguous, else channels_last), as autograd accumulates it without a copy."""
+    """``dw`` in the memory format of ``weight``: autograd then accumulates it without a copy."""
     return dw.contiguous() if weight.is_contiguous() else channels_last(dw)
 
 
@@ -110,7 +112,8 @@ def bn_merge(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, T
 
 def bn_finalize(count: Tensor, mean: Tensor, m2: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
     """``(scale, shift, mean, rstd, var)``: biased variance in ``rstd``, unbiased in ``var``."""
-    total, merged, deviation = bn_merge(count, mean, m2)
+    one_tile = mean.shape[0] == 1
+    total, merged, deviation = (count, mean, m2) if one_tile else bn_merge(count, mean, m2)
     n = total.to(mean.dtype)
     rstd = torch.rsqrt(deviation[0] / n + eps)
     scale, shift = scale_and_shift(merged[0], rstd, weight, bias)
@@ -150,10 +153,20 @@ def _conv(x: Tensor, weight: Tensor, stride: int, dilation: int, groups: int) ->
     return F.conv2d(up(x), up(weight), None, stride, padding, dilation, groups)
 
 
-def _conv_backward(dy, x, weight, stride, dilation, groups, mask) -> tuple[Tensor | None, Tensor | None]:
+def _conv_backward(dy, x, weight, stride, dilation, groups, mask) -> tuple[Any, Any]:
     padding = dilation * (weight.shape[-1] - 1) // 2
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        up(dy), up(x), up(weight), None, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], groups, [*mask, False]
+        up(dy),
+        up(x),
+        up(weight),
+        None,
+        [stride] * 2,
+        [padding] * 2,
+        [dilation] * 2,
+        False,
+        [0, 0],
+        groups,
+        [*mask, False],
     )
     return dx, dw
 
@@ -227,12 +240,10 @@ def conv_bprop(
 def bn_add_relu_forward(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, mask: bool) -> tuple[Tensor, Tensor]:
     """``out = relu(y * scale + shift + shortcut)`` and the packed 1-bit mask ``!(sum <= 0)``."""
     total = affine(y, scale, shift)
-    dtype = y.dtype
     if shortcut is not None:
         deferred = shortcut_scale is not None
         total = total + (affine(shortcut, shortcut_scale, shortcut_shift) if deferred else shortcut)
-        dtype = torch.result_type(y, shortcut)
-    out = channels_last(F.relu(total).to(dtype))
+    out = channels_last(F.relu(total).to(y.dtype))
     return out, pack_mask(~(out <= 0)) if mask else out.new_empty((0,), dtype=torch.uint8)
 
 
@@ -241,7 +252,9 @@ def bn_add_relu_mask(dout: Tensor, sign: Tensor) -> Tensor:
     return channels_last(masked(dout, sign))
 
 
-def bn_add_relu_reduce(dz, sign, y, mean, rstd, shortcut, shortcut_mean, shortcut_rstd) -> tuple[Tensor, Tensor, Tensor]:
+def bn_add_relu_reduce(
+    dz, sign, y, mean, rstd, shortcut, shortcut_mean, shortcut_rstd
+) -> tuple[Tensor, Tensor, Tensor]:
     """``(dbeta, dgamma, dgamma of the shortcut's norm)``; both norms share ``dbeta``."""
     g = masked(dz, sign)
     dbeta, dgamma = bn_sums(g, y, mean, rstd)

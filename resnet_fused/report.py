@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -53,7 +54,9 @@ class Report:
         fused = sum(row.status == "fused" for row in blocks)
         stems = [row.status for row in self.rows if row.kind == "stem"]
         summary = f"{fused} of {len(blocks)} blocks fused; stem: {', '.join(stems) or 'none found'}"
-        used = [(row.name or "(model)", row.kind, row.status, _summary(row.backends), row.detail or "") for row in self.rows]
+        used = [
+            (row.name or "(model)", row.kind, row.status, _summary(row.backends), row.detail or "") for row in self.rows
+        ]
         return f"{table(('name', 'kind', 'status', 'backends', 'detail'), used)}\n{summary}"
 
 
@@ -107,7 +110,8 @@ def _stem_class() -> type:
 def _kind(module: nn.Module) -> str:
     from resnet_fused.adapters import fused_classes
 
-    return fused_classes()[type(module)].kind
+    fused: Any = fused_classes()[type(module)]
+    return fused.kind
 
 
 def _backends(module: Any, kind: str) -> dict[str, str]:
@@ -167,19 +171,30 @@ class Explanation:
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Run ``model(*args, **kwargs)`` once and tell which path each block took, and why.
 
-    Buffers (running statistics) are put back afterwards; the random state too.
+    Buffers (running statistics) are put back afterwards; the random state too. A compiled model is run without its
+    compiled code, which takes the same paths.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain: expected model to be an nn.Module, got {type(model).__name__}")
     names = {id(module): name for name, module in model.named_modules()}
-    buffers = {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers()}
+    buffers = [(b, None if b.is_inference() else b._version, b.detach().clone()) for b in model.buffers()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        with torch.random.fork_rng(devices), paths.recording() as calls:
+        with torch.random.fork_rng(devices), eager, paths.recording() as calls:
             model(*args, **kwargs)
     finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, version, value in buffers:
+                # An untouched buffer keeps its version: a graph of before can still go backward.
+                if version is None or buffer._version != version:
+                    buffer.copy_(value)
     steps = [
-        Step(names.get(id(call.module), "?"), call.module.kind, call.path, *(call.reason or (None, None))) for call in calls
+        Step(names.get(id(call.module), "?"), str(call.module.kind), call.path, *(call.reason or (None, None)))
+        for call in calls
     ]
     return Explanation(tuple(steps))

@@ -9,7 +9,7 @@ Used by setup.py. Three outcomes, each with its reason, written to `resnet_fused
 Environment variables:
 
     RESNET_FUSED_CUDA        auto (default), require: skipped and failed end the installation, skip: never build
-    RESNET_FUSED_CUDA_ARCHS  e.g. "80;90a" or "sm_80,sm_90a,120+ptx"; default: the GPUs of this machine, else DEFAULT_ARCHS
+    RESNET_FUSED_CUDA_ARCHS  e.g. "80;90a" or "sm_80,sm_90a,120+ptx"; default: this machine's GPUs, else DEFAULT_ARCHS
     CUDA_HOME                the CUDA toolkit, before any other place
     MAX_JOBS                 compilations at a time
 """
@@ -93,7 +93,7 @@ def read_jobs(environ: Mapping[str, str]) -> int:
 
 
 def parse_archs(text: str) -> tuple[str, ...]:
-    """"80;sm_90a, 120+PTX" -> ("80", "90a", "120+ptx"), in the order given, without repetitions."""
+    """ "80;sm_90a, 120+PTX" -> ("80", "90a", "120+ptx"), in the order given, without repetitions."""
     archs: list[str] = []
     for item in re.split(r"[;,\s]+", text.strip(";, \t")):
         match = _ARCH.fullmatch(item)
@@ -114,7 +114,7 @@ def number(arch: str) -> int:
 
 
 def toolkit_roots(environ: Mapping[str, str], which: Callable[..., str | None], usual: Iterable[str]) -> list[Path]:
-    """Folders that may be a CUDA toolkit, best first. An `nvcc` on PATH may be a link or a script that stands elsewhere."""
+    """Folders that may be a CUDA toolkit, best first: an `nvcc` on PATH may be a link or a script elsewhere."""
     if environ.get("CUDA_HOME"):
         return [Path(environ["CUDA_HOME"])]
     roots: list[Path] = []
@@ -171,7 +171,7 @@ def visible_archs(environ: Mapping[str, str], which: Callable[..., str | None] =
 def choose_archs(
     environ: Mapping[str, str], toolkit: Toolkit, visible: Callable[[], tuple[str, ...]]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Architectures to build for, and notes on what was decided. Asked-for ones must be supported; default ones may drop."""
+    """Architectures to build for, and notes on the choice. Asked-for ones must be supported, default ones may drop."""
     text = environ.get("RESNET_FUSED_CUDA_ARCHS", "")
     if text.strip():
         archs = parse_archs(text)
@@ -187,7 +187,9 @@ def choose_archs(
         fit = [arch for arch in archs if number(arch) >= OLDEST_ARCH and number(arch) in toolkit.supported]
         if len(fit) == len(archs):
             return archs, ("built for the GPUs of this machine alone",)
-        notes.append(f"a GPU of this machine is {_names(set(archs) - set(fit))}, which nvcc cannot target or is too old")
+        notes.append(
+            f"a GPU of this machine is {_names(set(archs) - set(fit))}, which nvcc cannot target or is too old"
+        )
     kept = [arch for arch in DEFAULT_ARCHS if number(arch) in toolkit.supported]
     dropped = [arch for arch in DEFAULT_ARCHS if arch not in kept]
     if not kept:
@@ -250,7 +252,9 @@ def cmake_archs(archs: Iterable[str]) -> str:
     return ";".join(arch.removesuffix("+ptx") if arch.endswith("+ptx") else f"{arch}-real" for arch in archs)
 
 
-def compile_extension(source: Path, plan: Plan, folder: Path, target: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+def compile_extension(
+    source: Path, plan: Plan, folder: Path, target: Path, environ: Mapping[str, str]
+) -> dict[str, Any]:
     """Configures and builds in `folder`, copies the extension to `target`, returns what CMake says about the build."""
     configure = [
         *(plan.cmake, "-S", source, "-B", folder, "-G", "Ninja"),
@@ -325,7 +329,7 @@ def build(source: Path, package: Path, environ: Mapping[str, str] = os.environ) 
     (package / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if mode == "require" and record["outcome"] != "built":
         log = "\n".join(record.get("log", ()))
-        raise RuntimeError(f"RESNET_FUSED_CUDA=require, but {sentence(record)}{chr(10) if log else ''}{log}")
+        raise RuntimeError(f"RESNET_FUSED_CUDA=require, but {sentence(record)}" + (f"\n{log}" if log else ""))
     return record
 
 
@@ -339,7 +343,8 @@ def sentence(record: Mapping[str, Any]) -> str:
     if record["outcome"] == "built":
         notes = "".join(f"; {note}" for note in record["notes"])
         return f"the CUDA extension was built for {', '.join(record['archs'])} with nvcc {record['nvcc']}{notes}"
-    return f"the CUDA extension was {'not built: ' if record['outcome'] == 'failed' else ''}{record['outcome']} because {record['reason']}"
+    outcome = "was skipped" if record["outcome"] == "skipped" else "failed to build"
+    return f"the CUDA extension {outcome} because {record['reason']}"
 
 
 def _names(archs: Iterable[str]) -> str:

@@ -24,20 +24,18 @@ struct Moments {
 
 // Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1:
 //     mean = a.mean + delta * nb/n,  m2 = a.m2 + b.m2 + delta^2 * na*nb/n,  delta = b.mean - a.mean
-// An empty side is ignored, whatever its mean and m2 hold. Where delta is not finite the mean is taken as the weighted
-// sum instead, so that a mean of inf stays inf, as the mean over all values would (its m2 is NaN already).
+// An empty side is ignored, whatever its mean and m2 hold. Half of delta is kept, which cannot overflow. Where it is
+// not finite all the same, a mean is: their sum then is what the mean over all values is, inf or NaN (m2 is NaN
+// already).
 RESNET_FUSED_HOST_DEVICE Moments merge(const Moments& a, const Moments& b) {
     if (b.count <= 0) return a;
     if (a.count <= 0) return b;
-    const std::int64_t count = a.count + b.count;
-    const float n = static_cast<float>(count);
-    const float share_a = static_cast<float>(a.count) / n;
-    const float share_b = static_cast<float>(b.count) / n;
-    const float delta = b.mean - a.mean;
     Moments merged;
-    merged.count = count;
-    merged.mean = fabsf(delta) <= FLT_MAX ? fmaf(delta, share_b, a.mean) : fmaf(b.mean, share_b, a.mean * share_a);
-    merged.m2 = fmaf(delta * delta, static_cast<float>(a.count) * share_b, a.m2 + b.m2);
+    merged.count = a.count + b.count;
+    const float share_b = static_cast<float>(b.count) / static_cast<float>(merged.count);
+    const float half_delta = fmaf(0.5f, b.mean, -0.5f * a.mean);
+    merged.mean = fabsf(half_delta) <= FLT_MAX ? fmaf(half_delta, 2.0f * share_b, a.mean) : a.mean + b.mean;
+    merged.m2 = fmaf(half_delta * half_delta, 4.0f * static_cast<float>(a.count) * share_b, a.m2 + b.m2);
     return merged;
 }
 

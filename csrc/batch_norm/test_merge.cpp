@@ -181,6 +181,7 @@ void not_finite() {
     expect("NaN, mean", merge(plain, Moments{4, nan, nan}).mean, nan, 0);
     expect("NaN, m2", merge(Moments{4, nan, nan}, plain).m2, nan, 0);
     expect("largest values, mean", merge(Moments{1, 3e38f, 0}, Moments{1, -3e38f, 0}).mean, 0, 0);
+    expect("largest values, weighted mean", merge(Moments{1, 3e38f, 0}, Moments{3, -3e38f, 0}).mean, -1.5e38L, 1e32L);
 }
 
 void finalizing() {

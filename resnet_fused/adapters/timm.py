@@ -21,7 +21,10 @@ def _timm_reason(block: Any, *activations: nn.Module) -> Reason | None:
     for name in ("aa", "drop_block"):
         module = getattr(block, name)
         if module is not None and type(module) is not nn.Identity:
-            return Reason(name.replace("_", "-"), f"{name} {type(module).__name__} stands between the norm and the next convolution")
+            return Reason(
+                name.replace("_", "-"),
+                f"{name} {type(module).__name__} stands between the norm and the next convolution",
+            )
     drop_path = block.drop_path
     if drop_path is not None and type(drop_path) is not nn.Identity:
         probability = getattr(drop_path, "drop_prob", None)
@@ -35,7 +38,7 @@ class BasicBlock(FusedBasic, resnet.BasicBlock):
 
     _original_forward = renamed(resnet.BasicBlock.forward, "_original_forward")
 
-    def _declined(self) -> Reason | None:
+    def _declined(self: Any) -> Reason | None:
         return _timm_reason(self, self.act1, self.act2)
 
 
@@ -44,7 +47,7 @@ class Bottleneck(FusedBottleneck, resnet.Bottleneck):
 
     _original_forward = renamed(resnet.Bottleneck.forward, "_original_forward")
 
-    def _declined(self) -> Reason | None:
+    def _declined(self: Any) -> Reason | None:
         return _timm_reason(self, self.act1, self.act2, self.act3)
 
 
@@ -62,7 +65,7 @@ class ResNet(FusedStem, resnet.ResNet):
         return self._fused_features(x)
 
     @torch.jit.unused
-    def _fused_features(self, x: Tensor) -> Tensor:
+    def _fused_features(self: Any, x: Tensor) -> Tensor:
         x = self._fused_stem(x)
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         if self.grad_checkpointing:

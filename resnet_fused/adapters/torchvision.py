@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,21 +35,25 @@ class Backbone(FusedStem, IntermediateLayerGetter):
     """The ResNet body of torchvision's detection and segmentation models with its stem fused."""
 
     _STEM = ("conv1", "bn1", "relu", "maxpool")
+    _original_forward = renamed(IntermediateLayerGetter.forward, "_original_forward")
 
     @staticmethod
-    def accepts(module: nn.Module) -> bool:
+    def accepts(module: Any) -> bool:
         """Whether the children start with a ResNet's stem of which only the pooled output is returned."""
         names = tuple(name for name, _ in module.named_children())
         return names[:4] == Backbone._STEM and not set(Backbone._STEM[:3]) & set(module.return_layers)
 
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        out: OrderedDict[str, Tensor] = OrderedDict()
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         if torch.jit.is_scripting():
-            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        else:
-            x = self._fused_stem(x)
+            return self._original_forward(x)
+        return self._fused_layers(x)
+
+    @torch.jit.unused
+    def _fused_layers(self: Any, x: Tensor) -> dict[str, Tensor]:
+        out: OrderedDict[str, Tensor] = OrderedDict()
+        x = self._fused_stem(x)
         for name, module in self.items():
-            if name not in ("conv1", "bn1", "relu", "maxpool"):
+            if name not in self._STEM:
                 x = module(x)
             if name in self.return_layers:
                 out[self.return_layers[name]] = x

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from resnet_fused import backends
 from resnet_fused.aten.batch_norm import statistics as tile_statistics
-from resnet_fused.aten.pointwise import activation, conv_pointwise, masked, onednn, output_gradient, sums
+from resnet_fused.aten.pointwise import activation, masked, output_gradient, sums
 from resnet_fused.reference import channels_last, no_statistics, weight_format
 
 
@@ -28,64 +27,71 @@ def fprop(x, scale, shift, weight, stride, dilation, groups, statistics):
 
 # --- inference ------------------------------------------------------------------------------------------------------
 
-_PACKED_SIZES = 4
+_onednn = torch.ops.mkldnn
+# Private to PyTorch's compiler, so their absence only selects the other path.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
+    hasattr(_onednn, name)
+    for name in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
+)
 
 
-class _Packed(NamedTuple):
-    owner: weakref.ref[Tensor]
-    version: tuple[int, int]
-    layouts: dict[tuple[Any, ...], Tensor]  # by input shape and geometry
+def onednn(*tensors: Tensor | None) -> bool:
+    """Whether oneDNN's fused convolution takes these tensors: on the CPU, fp32, not empty, not switched off."""
+    if not (_HAS_ONEDNN and torch._C._get_mkldnn_enabled()):
+        return False
+    for t in tensors:
+        if t is not None and not (t.is_cpu and t.dtype == torch.float32 and t.numel() > 0):
+            return False
+    return True
 
 
-_packed: dict[int, _Packed] = {}
-"""By ``id`` of the weight, until it dies."""
-
-
-def pack(weight: Tensor, shape: torch.Size, padding: int, stride: int, dilation: int, groups: int) -> Tensor:
-    """``weight`` reordered for inputs of ``shape``; kept as long as the weight lives and is not written to.
-
-    oneDNN's choice of layout depends on the input's size: one made without it was measured three times slower.
-    """
-    geometry = (padding, stride, dilation, groups)
-    if weight.is_inference():  # no version counter, so a kept copy could go stale unseen
-        return _reorder(weight, shape, *geometry)
-    key, version = id(weight), (weight._version, weight.data_ptr())
-    entry = _packed.get(key)
-    if entry is None or entry.owner() is not weight or entry.version != version:
-        owner = weakref.ref(weight, lambda _: _packed.pop(key, None))
-        entry = _packed[key] = _Packed(owner, version, {})
-    layout = entry.layouts.get((shape, *geometry))
-    if layout is None:
-        while len(entry.layouts) >= _PACKED_SIZES:
-            entry.layouts.pop(next(iter(entry.layouts)), None)
-        with torch.inference_mode(False):
-            layout = entry.layouts[(shape, *geometry)] = _reorder(weight.detach(), shape, *geometry)
-    return layout
-
-
-def _reorder(weight, shape, padding, stride, dilation, groups) -> Tensor:
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight, [padding] * 2, [stride] * 2, [dilation] * 2, groups, list(shape)
-    )
-
-
-def conv_bias(x, weight, bias, residual, stride, padding: list[int], dilation, groups, relu) -> Tensor:
+def conv_bias(x, weight, bias, residual, stride, padding: int, dilation, groups, relu) -> Tensor:
     """``relu(conv2d(x, weight, bias) + residual)`` for any kernel size."""
-    if onednn(x, weight, bias, residual):
-        packed = pack(weight, x.shape, padding[0], stride, dilation, groups)
-        other = None if residual is None else channels_last(residual)
-        return channels_last(
-            conv_pointwise(x, packed, bias, padding, [stride] * 2, [dilation] * 2, groups, other=other, relu=relu)
-        )
+    bound = bind_bias(x, weight, bias, residual, stride, padding, dilation, groups, relu)
+    if bound is not None:
+        return bound(x, residual)
     y = F.conv2d(x, weight, bias.to(x.dtype), stride, padding, dilation, groups)
     if residual is not None:
         y = y.add_(residual)
     return channels_last(y.relu_() if relu else y)
 
 
+def bind_bias(
+    x, weight, bias, residual, stride, padding: int, dilation, groups, relu, *, overwrite_residual: bool = False
+) -> Callable[..., Tensor] | None:
+    """:func:`conv_bias` as a function of ``x`` and ``residual`` for inputs of ``x``'s shape, or None without oneDNN.
+
+    The weight is laid out for that shape: a layout made without it was measured three times slower.
+    """
+    if not onednn(x, weight, bias, residual):
+        return None
+    geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)
+    args = (_onednn._reorder_convolution_weight(weight.detach(), *geometry, list(x.shape)), bias, *geometry)
+    unary = "relu" if relu else None
+
+    def fused(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return channels_last(_onednn._convolution_pointwise(x, *args, unary or "none", [], ""))
+        other = channels_last(residual)
+        if overwrite_residual:
+            return _onednn._convolution_pointwise_.binary(other, x, *args, "add", 1.0, unary, [], "")
+        return channels_last(_onednn._convolution_pointwise.binary(x, other, *args, "add", 1.0, unary, [], ""))
+
+    return fused
+
+
 def infer(x, weight, bias, residual, stride, dilation, groups, relu) -> Tensor:
     """oneDNN's fused convolution on the CPU in fp32; convolution, add and ReLU elsewhere."""
-    return conv_bias(x, weight, bias, residual, stride, _padding(weight, dilation), dilation, groups, relu)
+    return conv_bias(x, weight, bias, residual, stride, _padding(weight, dilation)[0], dilation, groups, relu)
+
+
+def bind_infer(
+    x, weight, bias, residual, stride, dilation, groups, relu, *, overwrite_residual: bool
+) -> Callable[..., Tensor] | None:
+    """:func:`infer` with the weight laid out once."""
+    padding = _padding(weight, dilation)[0]
+    args = (stride, padding, dilation, groups, relu)
+    return bind_bias(x, weight, bias, residual, *args, overwrite_residual=overwrite_residual)
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
@@ -93,7 +99,17 @@ def infer(x, weight, bias, residual, stride, dilation, groups, relu) -> Tensor:
 
 def _backward(dy, act, weight, stride, dilation, groups, mask):
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, act, weight, None, [stride] * 2, _padding(weight, dilation), [dilation] * 2, False, [0, 0], groups, [*mask, False]
+        dy,
+        act,
+        weight,
+        None,
+        [stride] * 2,
+        _padding(weight, dilation),
+        [dilation] * 2,
+        False,
+        [0, 0],
+        groups,
+        [*mask, False],
     )
     return dx, dw
 
@@ -133,5 +149,6 @@ def bprop(dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_
 
 
 for _stem in ("conv1x1", "conv3x3"):
-    for _direction in (fprop, infer, dgrad, wgrad, bprop):
+    backends.register(f"{_stem}_infer", "aten", infer, bind=bind_infer)
+    for _direction in (fprop, dgrad, wgrad, bprop):
         backends.register(f"{_stem}_{_direction.__name__}", "aten", _direction)

@@ -1,8 +1,4 @@
-"""Per-channel passes over an activation in as few kernels as PyTorch has.
-
-On the CPU in fp32, ``relu(y * scale + shift + other)`` is a depthwise 1x1 convolution with oneDNN's post-ops: one pass
-instead of three. Those entry points are private to PyTorch's compiler, so their absence only selects the other path.
-"""
+"""Per-channel passes over an activation in as few of PyTorch's kernels as there are."""
 
 from __future__ import annotations
 
@@ -12,42 +8,21 @@ from torch.nn import functional as F
 
 from resnet_fused.reference import bn_sums, channels_last, compute_dtype, per_channel
 
-_onednn = torch.ops.mkldnn
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
-    hasattr(_onednn, name) for name in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
-)
-
-
-def onednn(*tensors: Tensor | None) -> bool:
-    """Whether oneDNN's fused entry points take these tensors: on the CPU, fp32, not empty, not switched off."""
-    if not (_HAS_ONEDNN and torch._C._get_mkldnn_enabled()):
-        return False
-    for t in tensors:
-        if t is not None and not (t.is_cpu and t.dtype == torch.float32 and t.numel() > 0):
-            return False
-    return True
-
-
-def conv_pointwise(x, weight, bias, padding, stride, dilation, groups, *, other=None, relu: bool) -> Tensor:
-    """oneDNN's ``relu(conv2d(x, weight, bias) + other)`` in channels_last."""
-    args = (weight, bias, padding, stride, dilation, groups)
-    unary = "relu" if relu else None
-    if other is None:
-        return _onednn._convolution_pointwise(x, *args, unary or "none", [], "")
-    return _onednn._convolution_pointwise.binary(x, other, *args, "add", 1.0, unary, [], "")
-
 
 def affine(y: Tensor, scale: Tensor, shift: Tensor, *, other: Tensor | None = None, relu: bool) -> Tensor:
     """``relu(y * scale + shift + other)`` per channel, rounded to ``y``'s dtype (with ``other``: the promoted one)."""
-    if onednn(y, scale, other):
-        weight = scale.view(-1, 1, 1, 1)
-        out = conv_pointwise(y, weight, shift, [0, 0], [1, 1], [1, 1], y.shape[1], other=other, relu=relu)
-        return channels_last(out)
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    out = F.batch_norm(y, zero, one, scale, shift, False, 0.0, 0.0)
-    if other is not None:
-        out = out + other
-    return channels_last(F.relu_(out) if relu else out)
+    if y.dtype != scale.dtype:  # 16 bits: one pass with fp32 arithmetic
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        out = F.batch_norm(y, zero, one, scale, shift, False, 0.0, 0.0)
+        if other is not None:
+            out = out + other
+    elif other is not None and other.dtype == y.dtype:
+        out = torch.addcmul(other, y, per_channel(scale)).add_(per_channel(shift))
+    else:
+        out = torch.addcmul(per_channel(shift), y, per_channel(scale))
+        if other is not None:
+            out = out + other
+    return channels_last(out.relu_() if relu else out)
 
 
 def activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:

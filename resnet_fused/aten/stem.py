@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fused import backends, reference
-from resnet_fused.aten.conv import conv_bias
+from resnet_fused.aten.conv import bind_bias, conv_bias
 from resnet_fused.aten.pointwise import activation, output_gradient, sums
 from resnet_fused.reference import POOL, channels_last
 
@@ -19,7 +21,13 @@ def forward(y, scale, shift) -> Tensor:
 
 def infer(x, weight, bias, stride, padding) -> Tensor:
     """Convolution with bias and ReLU, then the pool."""
-    return channels_last(F.max_pool2d(conv_bias(x, weight, bias, None, stride, [padding] * 2, 1, 1, True), 3, 2, 1))
+    return channels_last(F.max_pool2d(conv_bias(x, weight, bias, None, stride, padding, 1, 1, True), 3, 2, 1))
+
+
+def bind_infer(x, weight, bias, stride, padding) -> Callable[[Tensor], Tensor] | None:
+    """:func:`infer` with the weight laid out once."""
+    conv = bind_bias(x, weight, bias, None, stride, padding, 1, 1, True)
+    return None if conv is None else lambda x: channels_last(F.max_pool2d(conv(x), 3, 2, 1))
 
 
 def _gradient(dout, y, scale, shift) -> Tensor:
@@ -44,9 +52,12 @@ def backward(dout, y, scale, shift, mean, rstd, weight, count) -> tuple[Tensor, 
     """The winners found again once."""
     dz = _gradient(dout, y, scale, shift)
     dbeta, dgamma = sums(dz, y, mean, rstd)
-    a, b, c = (scale, None, None) if count is None else reference.bn_coefficients(dbeta, dgamma, weight, mean, rstd, count)
+    a, b, c = (
+        (scale, None, None) if count is None else reference.bn_coefficients(dbeta, dgamma, weight, mean, rstd, count)
+    )
     return output_gradient(dz, None, y, a, b, c, y.dtype), dbeta, dgamma
 
 
-for _function in (forward, infer, reduce, apply, backward):
+backends.register("stem_infer", "aten", infer, bind=bind_infer)
+for _function in (forward, reduce, apply, backward):
     backends.register(f"stem_{_function.__name__}", "aten", _function)

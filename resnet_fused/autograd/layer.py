@@ -40,34 +40,38 @@ class NormParameters(NamedTuple):
 
 
 class NormResult(NamedTuple):
-    """A norm applied to a batch; ``count`` and ``var`` are None for frozen statistics."""
+    """A norm applied to a batch; ``counts`` and ``var`` are None for frozen statistics."""
 
     norm: Norm
-    count: Tensor | None  # (T,) int32, values per channel behind the statistics
+    counts: Tensor | None  # (T,) int32, values per channel behind the statistics
     var: Tensor | None  # (C,) unbiased variance
 
 
-def normalise(spec: NormSpec, parameters: NormParameters, tiles: TileStatistics | None, dtype: torch.dtype) -> NormResult:
+def normalise(
+    spec: NormSpec, parameters: NormParameters, tiles: TileStatistics | None, dtype: torch.dtype
+) -> NormResult:
     """Resolve a norm from its batch's tiles (merged across ranks if it is synchronised) or its running statistics."""
     weight, bias, running_mean, running_var = parameters
-    if spec.frozen:
+    if spec.frozen or tiles is None:
+        assert running_mean is not None
+        assert running_var is not None
         norm = ops.batch_norm.frozen(weight, bias, running_mean, running_var, spec.eps, compute_dtype(dtype))
         return NormResult(norm, None, None)
     if spec.group is not None:
         tiles = _gather(tiles, spec.group)
     norm, var = ops.batch_norm.finalize(tiles, weight, bias, spec.eps)
-    return NormResult(norm, tiles.count, var)
+    return NormResult(norm, tiles.counts, var)
 
 
 def _gather(tiles: TileStatistics, group: Any) -> TileStatistics:
     """One tile per rank; the count travels as bits in the same message."""
     merged = ops.batch_norm.merge(tiles)
     dtype, channels = merged.mean.dtype, merged.mean.shape[1]
-    bits = merged.count.to(torch.int32 if dtype == torch.float32 else torch.int64).view(dtype)
+    bits = merged.counts.to(torch.int32 if dtype == torch.float32 else torch.int64).view(dtype)
     message = torch.cat([merged.mean[0], merged.m2[0], bits])
-    gathered = message.new_empty((dist.get_world_size(group), message.numel()))
+    gathered = message.new_empty(dist.get_world_size(group) * message.numel())
     dist.all_gather_into_tensor(gathered, message, group)
-    mean, m2, bits = gathered.split([channels, channels, 1], 1)
+    mean, m2, bits = gathered.view(-1, message.numel()).split([channels, channels, 1], 1)
     count = bits.contiguous().view(torch.int32 if dtype == torch.float32 else torch.int64)
     return TileStatistics(count.view(-1).to(torch.int32), mean.contiguous(), m2.contiguous())
 
@@ -76,17 +80,25 @@ def coefficients(
     spec: NormSpec, weight: Tensor | None, result: NormResult, dbeta: Tensor | None, dgamma: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(a, b, c)`` of ``dy = a * dz + b * y + c``."""
-    if spec.frozen:
+    if result.counts is None:
         return result.norm.scale, None, None
+    assert dbeta is not None  # batch statistics always have their sums taken
+    assert dgamma is not None
     if spec.group is not None:
         both = torch.stack([dbeta, dgamma])
         dist.all_reduce(both, group=spec.group)
         dbeta, dgamma = both.unbind()
-    return ops.batch_norm.coefficients(dbeta, dgamma, weight, result.norm, result.count)
+    return ops.batch_norm.coefficients(dbeta, dgamma, weight, result.norm, result.counts)
 
 
 def output_gradient(
-    spec: NormSpec, weight: Tensor | None, result: NormResult, y: Tensor, grad: Gradient, dbeta: Tensor | None, dgamma: Tensor | None
+    spec: NormSpec,
+    weight: Tensor | None,
+    result: NormResult,
+    y: Tensor,
+    grad: Gradient,
+    dbeta: Tensor | None,
+    dgamma: Tensor | None,
 ) -> Gradient:
     """The gradient of the convolution's output ``y``, deferred, from that of its norm's output."""
     a, b, c = coefficients(spec, weight, result, dbeta, dgamma)

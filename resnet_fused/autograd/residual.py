@@ -63,7 +63,9 @@ class ResidualFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, spec: ResidualSpec, x: Tensor, shortcut: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, spec: ResidualSpec, x: Tensor, shortcut: Tensor | None, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
         parameters = _split(flat)
         last = len(spec.chain) - 1
         ys: list[Tensor] = []
@@ -73,7 +75,9 @@ class ResidualFunction(torch.autograd.Function):
             weight, norm_parameters = parameters[i]
             if i > last:
                 source = x if shortcut is None else shortcut
-            y, tiles = ops.conv(layer.kernel).fprop(source, weight.to(spec.dtype), layer.conv, statistics=not layer.norm.frozen)
+            y, tiles = ops.conv(layer.kernel).fprop(
+                source, weight.to(spec.dtype), layer.conv, statistics=not layer.norm.frozen
+            )
             result = normalise(layer.norm, norm_parameters, tiles, y.dtype)
             ys.append(y)
             results.append(result)
@@ -85,7 +89,7 @@ class ResidualFunction(torch.autograd.Function):
             added = source
         needs_gradient = any(ctx.needs_input_grad)
         out, sign = ops.bn_add_relu.forward(end, added, sign=needs_gradient)
-        moments = [t for r in results if r.count is not None for t in (r.norm.mean, r.var)]
+        moments: list[Any] = [t for r in results if r.counts is not None for t in (r.norm.mean, r.var)]
         ctx.mark_non_differentiable(*moments)
         if needs_gradient:
             ctx.spec, ctx.backend = spec, forced_backend()
@@ -93,7 +97,7 @@ class ResidualFunction(torch.autograd.Function):
             # Running statistics that this batch is about to change play no part in backward.
             frozen = [layer.norm.frozen for layer in spec.layers]
             kept = [t if i % TENSORS < 3 or frozen[i // TENSORS] else None for i, t in enumerate(flat)]
-            ctx.save_for_backward(x, shortcut, sign, *ys, *(t for r in results for t in (*r.norm, r.count)), *kept)
+            ctx.save_for_backward(x, shortcut, sign, *ys, *(t for r in results for t in (*r.norm, r.counts)), *kept)
         return (out, *moments)
 
     @staticmethod
@@ -107,7 +111,10 @@ class ResidualFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(spec, ctx.needs_input_grad, dout, x, shortcut, flat)
         ys = rest[:count]
-        results = [NormResult(Norm(*v[:4]), v[4], None) for v in (rest[count + 5 * i : count + 5 * i + 5] for i in range(count))]
+        results = [
+            NormResult(Norm(*v[:4]), v[4], None)
+            for v in (rest[count + 5 * i : count + 5 * i + 5] for i in range(count))
+        ]
         with no_autocast(dout), same_backend(ctx.backend):
             return _backward(spec, ctx.needs_input_grad, dout, x, shortcut, sign, ys, results, _split(flat))
 
@@ -196,14 +203,16 @@ def composition(spec: ResidualSpec, x: Tensor, shortcut: Tensor | None, *flat: T
         weight, (gamma, beta, mean, var) = parameters[i]
         padding = conv.dilation * (kernel - 1) // 2
         y = F.conv2d(h.to(spec.dtype), weight.to(spec.dtype), None, conv.stride, padding, conv.dilation, conv.groups)
-        statistics = (mean, var) if norm.frozen else (None, None)
-        return F.batch_norm(y, *statistics, gamma, beta, not norm.frozen, 0.0, norm.eps)
+        if not norm.frozen:
+            mean = var = None
+        return F.batch_norm(y, mean, var, gamma, beta, not norm.frozen, 0.0, norm.eps)
 
     h = x
     for i in range(len(spec.chain)):
         h = layer(i, h if i == 0 else F.relu(h))
     source = x if shortcut is None else shortcut
-    return F.relu(h + (source if spec.projection is None else layer(last + 1, source)))
+    added = source if spec.projection is None else layer(last + 1, source)
+    return F.relu((h + added).to(h.dtype))
 
 
 def _differentiable_backward(spec, needs, dout, x, shortcut, flat) -> tuple[Tensor | None, ...]:
@@ -212,8 +221,9 @@ def _differentiable_backward(spec, needs, dout, x, shortcut, flat) -> tuple[Tens
             "ResidualFunction: expected a single backward through synchronised batch norm, got create_graph=True; "
             "run the block inside resnet_fused.disabled()"
         )
-    inputs = (x, shortcut, *flat)
     with torch.enable_grad(), no_autocast(dout):
+        # Views, so that a gradient ends at its own input where another input was computed from that one (tied weights).
+        inputs = tuple(None if t is None else t.view_as(t) for t in (x, shortcut, *flat))
         out = composition(spec, *inputs)
         wanted = [t for t, need in zip(inputs, needs[1:], strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, allow_unused=True))

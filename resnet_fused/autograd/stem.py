@@ -38,13 +38,13 @@ class StemFunction(torch.autograd.Function):
         tiles = None if spec.frozen else ops.batch_norm.statistics(y)
         result = normalise(spec, NormParameters(*parameters), tiles, y.dtype)
         out = ops.stem.forward(Deferred(y, result.norm.scale, result.norm.shift))
-        moments = [] if result.count is None else [result.norm.mean, result.var]
+        moments: list[Any] = [] if result.counts is None else [result.norm.mean, result.var]
         ctx.mark_non_differentiable(*moments)
         if any(ctx.needs_input_grad):
             ctx.spec, ctx.backend = spec, forced_backend()
             ctx.set_materialize_grads(False)
             kept = parameters if spec.frozen else (*parameters[:2], None, None)
-            ctx.save_for_backward(y, *result.norm, result.count, *kept)
+            ctx.save_for_backward(y, *result.norm, result.counts, *kept)
         return (out, *moments)
 
     @staticmethod
@@ -72,8 +72,10 @@ class StemFunction(torch.autograd.Function):
 
 def composition(spec: NormSpec, y: Tensor, weight, bias, mean, var) -> Tensor:
     """The stem's end as PyTorch's own operators, differentiable any number of times."""
-    statistics = (mean, var) if spec.frozen else (None, None)
-    return F.max_pool2d(F.relu(F.batch_norm(y, *statistics, weight, bias, not spec.frozen, 0.0, spec.eps)), 3, 2, 1)
+    if not spec.frozen:
+        mean = var = None
+    z = F.batch_norm(y, mean, var, weight, bias, not spec.frozen, 0.0, spec.eps)
+    return F.max_pool2d(F.relu(z), 3, 2, 1)
 
 
 def _differentiable_backward(spec, needs, dout, *inputs) -> tuple[Tensor | None, ...]:
@@ -83,6 +85,8 @@ def _differentiable_backward(spec, needs, dout, *inputs) -> tuple[Tensor | None,
             "run the model inside resnet_fused.disabled()"
         )
     with torch.enable_grad(), no_autocast(dout):
+        # Views, so that a gradient ends at its own input where another input was computed from that one.
+        inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
         out = composition(spec, *inputs)
         wanted = [t for t, need in zip(inputs, needs[1:], strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, allow_unused=True))

@@ -38,7 +38,7 @@ class Bottleneck(FusedBottleneck, PlainBottleneck):
 
     Args:
         inplanes: channels of the input; the output has ``4 * planes``.
-        stride, dilation, groups: of the 3x3 convolution; a stride in ``conv1`` (the paper's form) is read off the module.
+        stride, dilation, groups: of the 3x3 convolution; a stride in ``conv1`` (the paper's form) is honoured too.
         base_width: width of the 3x3 convolution is ``int(planes * base_width / 64) * groups``.
         downsample: module on the shortcut, needed where shape changes; 1x1 convolution + batch norm is fused too.
         norm_layer: callable from channels to a norm, default ``nn.BatchNorm2d``; others run PyTorch's modules.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,30 +16,30 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _FROZEN = {("torchvision.ops.misc", "FrozenBatchNorm2d")}
 
 
-def is_frozen_class(norm: nn.Module) -> bool:
+def is_frozen_class(norm: Any) -> bool:
     return (type(norm).__module__, type(norm).__qualname__) in _FROZEN
 
 
-def unsupported(norm: nn.Module) -> Reason | None:
+def unsupported(norm: Any) -> Reason | None:
     """Why ``norm`` is no batch norm that the fused path knows; exact types only, a subclass may do anything."""
     if type(norm) in _BATCH_NORMS or is_frozen_class(norm):
         return None
     return Reason("norm", f"norm layer {type(norm).__name__} is not BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d")
 
 
-def batch_statistics(norm: nn.Module) -> bool:
+def batch_statistics(norm: Any) -> bool:
     """Whether ``norm`` normalises with the batch's statistics, as ``_BatchNorm.forward`` decides it."""
     if type(norm) not in _BATCH_NORMS:
         return False
     return norm.training or norm.running_mean is None or norm.running_var is None
 
 
-def spec(norm: nn.Module) -> NormSpec:
+def spec(norm: Any) -> NormSpec:
     """What is fixed about ``norm`` in this call."""
     return NormSpec(norm.eps, not batch_statistics(norm), _group(norm))
 
 
-def parameters(norm: nn.Module) -> NormParameters:
+def parameters(norm: Any) -> NormParameters:
     """The tensors of ``norm``."""
     # Straight from the dictionaries of an nn.Module: attribute look-up there costs as much as a small kernel's launch.
     own, buffers = norm._parameters, norm._buffers
@@ -46,25 +48,25 @@ def parameters(norm: nn.Module) -> NormParameters:
     return NormParameters(norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
-def _group(norm: nn.Module):
+def _group(norm: Any):
     if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
         return None
     group = norm.process_group if norm.process_group is not None else dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 
 
-def check_batch(norm: nn.Module, shape: tuple) -> None:
+def check_batch(norm: Any, shape: tuple) -> None:
     """PyTorch's error for batch statistics over a single value per channel.
 
     Raises:
         ValueError: ``norm`` takes batch statistics of one value.
     """
-    if norm.training and shape[0] * shape[2] * shape[3] == 1:
+    if shape[0] * shape[2] * shape[3] == 1 and batch_statistics(norm) and _group(norm) is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
 
 
 @torch.no_grad()
-def update_running(norm: nn.Module, mean: Tensor, var: Tensor) -> None:
+def update_running(norm: Any, mean: Tensor, var: Tensor) -> None:
     """Move the running estimates towards a batch's mean and unbiased variance, as ``_BatchNorm.forward`` does."""
     if not (norm.training and norm.track_running_stats):
         return

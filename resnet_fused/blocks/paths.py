@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fused import backends
 
@@ -67,28 +68,36 @@ def take(module: nn.Module, path: str, reason: Reason | None = None) -> None:
 
 
 def transformed(x: Any) -> Reason | None:
-    """Why the way this call is made (not the block itself) needs PyTorch's own operators."""
+    """Why the way this call is made, not the block itself, needs PyTorch's own operators."""
     if _disabled.get():
         return Reason("disabled", "inside resnet_fused.disabled()")
+    if torch.compiler.is_exporting():
+        return Reason(
+            "export", "exported programs, ONNX included, hold PyTorch's own operators and run without this package"
+        )
     if isinstance(x, torch.fx.Proxy):
         return Reason("fx", "symbolic tracing sees the original modules (name the block a leaf to keep it fused)")
     if torch.jit.is_tracing():
         return Reason("tracing", "torch.jit.trace and ONNX export record the original modules")
-    if torch.onnx.is_in_onnx_export():
-        return Reason("onnx", "ONNX export needs PyTorch's own operators")
     if torch._C._are_functorch_transforms_active():
         return Reason("functorch", "vmap, grad and jvp differentiate PyTorch's own operators")
     if forward_ad._current_level >= 0:
         return Reason("forward-mode", "forward-mode differentiation needs PyTorch's own operators")
+    if _has_any_global_hook():
+        return Reason("hooks", "a global module hook sees the call of every module")
     if type(x) not in (Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
         return Reason("subclass", f"the input is a {type(x).__name__}")
     return None
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its forward."""
+    """Whether calling ``module`` does more than its class's forward."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -101,3 +110,17 @@ def descendants(module: nn.Module) -> list[nn.Module]:
             if child._modules:
                 found += descendants(child)
     return found
+
+
+def signature(modules: Iterable[nn.Module]) -> list[Any]:
+    """All that decides about fusing, of each module; equal lists mean equal decisions."""
+    marks: list[Any] = []
+    for module in modules:
+        attributes = module.__dict__
+        marks += (module, type(module), attributes["training"], has_hooks(module))
+        if "stride" in attributes:
+            marks += map(attributes.get, _GEOMETRY)
+    return marks
+
+
+_GEOMETRY = ("kernel_size", "stride", "padding", "padding_mode", "dilation", "groups")

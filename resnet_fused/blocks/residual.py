@@ -5,48 +5,63 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import ops
-from resnet_fused.autograd.layer import Layer, no_autocast
+from resnet_fused.autograd.layer import Layer, forced_backend, no_autocast
 from resnet_fused.autograd.residual import ResidualFunction, ResidualSpec
 from resnet_fused.backends import use_backend
-from resnet_fused.blocks import folding, norms, paths
+from resnet_fused.blocks import inference, norms, paths
 from resnet_fused.blocks.paths import Reason
 from resnet_fused.operands import Conv
 from resnet_fused.ops._conv import output_size
 
+if TYPE_CHECKING:  # the mixins stand in front of an nn.Module and rely on it
+    _Module = nn.Module
+else:
+    _Module = object
+
 
 def renamed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A twin of ``function`` called ``name``: TorchScript compiles a method under the name of its function."""
-    twin = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    twin = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
     twin.__annotations__, twin.__module__ = function.__annotations__, function.__module__
     return twin
+
+
+ConvNorm = tuple[nn.Conv2d, Any]
+"""A convolution and the batch norm that follows it."""
 
 
 class Structure(NamedTuple):
     """The modules of a residual block by their part in the dataflow."""
 
-    chain: tuple[tuple[nn.Module, nn.Module], ...]  # (convolution, norm), a ReLU between them and after the sum
-    projection: tuple[nn.Module, nn.Module] | None  # (convolution, norm) of the shortcut
+    chain: tuple[ConvNorm, ...]  # a ReLU between them and after the sum
+    projection: ConvNorm | None  # (convolution, norm) of the shortcut
     before: nn.Module | None  # run by PyTorch on the shortcut: in front of the projection, or all of it
 
+    @property
+    def layers(self) -> tuple[ConvNorm, ...]:
+        return self.chain if self.projection is None else (*self.chain, self.projection)
 
-class FusedResidual:
+
+class FusedResidual(_Module):
     """Mixin over a residual block's class; :mod:`resnet_fused.adapters` says how to read that class.
 
     A fused class names, besides the mixin and the original, ``_original_forward`` and ``kind``.
     """
 
     kind: ClassVar[str]
-    _resnet_fused_backend: str = "auto"
+    _original_forward: ClassVar[Callable[..., Any]]
+    _resnet_fused_backend = "auto"  # without annotation: TorchScript cannot read one that is text
 
-    # --- what an adapter tells -----------------------------------------------------------------------------------------
+    # --- what an adapter tells ---------------------------------------------------------------------------------------
 
-    def _chain(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+    def _chain(self) -> tuple[ConvNorm, ...]:
         """(convolution, norm) in order."""
         raise NotImplementedError
 
@@ -64,29 +79,32 @@ class FusedResidual:
     @torch.jit.unused
     def _fused_forward(self, x: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        structure = reason = None
-        if not compiling:
-            reason = paths.transformed(x)
-        if reason is None:
-            structure = read(self) if compiling else _reread(self)
-            reason = structure if isinstance(structure, Reason) else _input_reason(structure, x)
-        if reason is not None:
+        found: Structure | Reason | None = paths.transformed(x)
+        if found is None and not compiling and not torch.is_grad_enabled():
+            program = inference.recall(self, paths.descendants(self), _kind(x))
+            if program is not None:
+                paths.take(self, paths.INFER)
+                return program(x)
+        if found is None:
+            found = read(self) if compiling else _reread(self)
+        if isinstance(found, Structure):
+            found = _input_reason(found, x) or found
+        if isinstance(found, Reason):
             if not compiling:
-                paths.take(self, paths.ORIGINAL, reason)
+                paths.take(self, paths.ORIGINAL, found)
             return self._original_forward(x)
-        path = _infer if _frozen_without_gradient(self, structure, x) else _train
-        if compiling:
-            return path(structure, x)
-        paths.take(self, paths.INFER if path is _infer else paths.TRAIN)
-        if self._resnet_fused_backend == "auto":
-            return path(structure, x)
+        path = _infer if _frozen_without_gradient(self, found, x) else _train
+        if not compiling:
+            paths.take(self, paths.INFER if path is _infer else paths.TRAIN)
+        if compiling or self._resnet_fused_backend == "auto":
+            return path(self, found, x)
         with use_backend(self._resnet_fused_backend):
-            return path(structure, x)
+            return path(self, found, x)
 
     @torch.jit.unused
     def train(self, mode: bool = True):
-        """As ``nn.Module.train``; folded weights are made anew."""
-        folding.forget(self)
+        """As ``nn.Module.train``; what inference keeps is made anew."""
+        inference.forget(self)
         return super().train(mode)
 
 
@@ -114,25 +132,21 @@ _read: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Structure | Reason]
 
 def _reread(block: Any) -> Structure | Reason:
     """:func:`read`, done again only when something that it looks at has changed."""
-    signature: list[Any] = []
-    for module in paths.descendants(block):
-        attributes = module.__dict__
-        signature += (module, type(module), attributes["training"], paths.has_hooks(module))
-        if "stride" in attributes:
-            signature += (attributes.get("stride"), attributes.get("padding"), attributes.get("dilation"), attributes.get("groups"))
+    signature = paths.signature(paths.descendants(block))
     kept = _read.get(block)
     if kept is None or kept[0] != signature:
         kept = _read[block] = (signature, read(block))
+        inference.forget(block)  # programs are bound to the geometry of the convolutions
     return kept[1]
 
 
-def _read_shortcut(downsample: nn.Module | None) -> tuple[nn.Module | None, tuple[nn.Module, nn.Module] | None]:
+def _read_shortcut(downsample: nn.Module | None) -> tuple[nn.Module | None, ConvNorm | None]:
     """The part of a shortcut that PyTorch runs, and the 1x1 convolution with its norm that the block fuses."""
     if downsample is None or type(downsample) is nn.Identity:
         return None, None
     if type(downsample) is not nn.Sequential:
         return downsample, None
-    parts = [m for m in downsample if type(m) is not nn.Identity]
+    parts: list[Any] = [m for m in downsample if type(m) is not nn.Identity]
     if len(parts) < 2 or type(parts[-2]) is not nn.Conv2d or _conv_reason(parts[-2]) or norms.unsupported(parts[-1]):
         return downsample, None
     if len(parts) == 2:
@@ -142,15 +156,19 @@ def _read_shortcut(downsample: nn.Module | None) -> tuple[nn.Module | None, tupl
     return downsample, None
 
 
-def _conv_reason(conv: nn.Module) -> Reason | None:
+def _conv_reason(conv: Any) -> Reason | None:
     """Why ``conv`` is none that the ops compute."""
     if type(conv) is not nn.Conv2d:
         return Reason("conv", f"convolution {type(conv).__name__} is not exactly nn.Conv2d")
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
     if kernel not in ((1, 1), (3, 3)) or stride[0] != stride[1] or dilation[0] != dilation[1]:
-        return Reason("conv", f"kernel {kernel}, stride {stride}, dilation {dilation} is not a square 1x1 or 3x3 convolution")
+        return Reason(
+            "conv", f"kernel {kernel}, stride {stride}, dilation {dilation} is not a square 1x1 or 3x3 convolution"
+        )
     if conv.padding != (dilation[0] * (kernel[0] // 2),) * 2 or conv.padding_mode != "zeros":
-        return Reason("conv", f"padding {conv.padding} ({conv.padding_mode}) is not zeros of width dilation * (kernel - 1) / 2")
+        return Reason(
+            "conv", f"padding {conv.padding} ({conv.padding_mode}) is not zeros of width dilation * (kernel - 1) / 2"
+        )
     if conv.bias is not None:
         return Reason("conv", "the convolution has a bias")
     if kernel == (1, 1) and conv.groups != 1:
@@ -167,9 +185,8 @@ def _input_reason(structure: Structure, x: Tensor) -> Reason | None:
         return Reason("input", f"the input is {x.dim()}-d {x.dtype}, not a 4-d floating tensor")
     if x.device.type not in ("cpu", "cuda"):
         return Reason("device", f"no fused path on device {x.device.type}")
-    layers = structure.chain if structure.projection is None else (*structure.chain, structure.projection)
     dtype = operand_dtype(x)
-    for conv, norm in layers:
+    for conv, _ in structure.layers:
         weight = conv.weight
         if type(weight) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
             return Reason("subclass", f"a weight is a {type(weight).__name__}")
@@ -178,8 +195,10 @@ def _input_reason(structure: Structure, x: Tensor) -> Reason | None:
         if weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             return Reason("input", f"the input is {x.dtype}, a weight {weight.dtype}")
     if x.shape[1] != structure.chain[0][0].in_channels:
-        return Reason("input", f"the input has {x.shape[1]} channels, the first convolution {structure.chain[0][0].in_channels}")
-    if x.numel() == 0 and not any(norms.spec(norm).group is not None for _, norm in layers):
+        return Reason(
+            "input", f"the input has {x.shape[1]} channels, the first convolution {structure.chain[0][0].in_channels}"
+        )
+    if x.numel() == 0 and not any(norms.spec(norm).group is not None for _, norm in structure.layers):
         return Reason("empty", "the input is empty")
     return None
 
@@ -193,8 +212,7 @@ def operand_dtype(x: Tensor) -> torch.dtype:
 
 
 def _frozen_without_gradient(block: Any, structure: Structure, x: Tensor) -> bool:
-    layers = structure.chain if structure.projection is None else (*structure.chain, structure.projection)
-    if any(norms.batch_statistics(norm) for _, norm in layers):
+    if any(norms.batch_statistics(norm) for _, norm in structure.layers):
         return False
     if x.dtype != operand_dtype(x) and structure.projection is None:
         return False
@@ -204,12 +222,12 @@ def _frozen_without_gradient(block: Any, structure: Structure, x: Tensor) -> boo
 # --- the two fused paths --------------------------------------------------------------------------------------------
 
 
-def geometry(conv: nn.Module) -> Conv:
+def geometry(conv: nn.Conv2d) -> Conv:
     """A module's convolution as the ops know it."""
     return Conv(conv.stride[0], conv.dilation[0], conv.groups)
 
 
-def _layer(conv: nn.Module, norm: nn.Module) -> Layer:
+def _layer(conv: nn.Conv2d, norm: Any) -> Layer:
     return Layer(conv.kernel_size[0], geometry(conv), norms.spec(norm))
 
 
@@ -222,13 +240,13 @@ def _check_batches(structure: Structure, x: Tensor, source: Tensor) -> None:
                 norms.check_batch(pair[1], shape)
 
 
-def output_shape(conv: nn.Module, shape: tuple) -> tuple:
+def output_shape(conv: nn.Conv2d, shape: tuple) -> tuple:
     """Shape of ``conv``'s output for an input of ``shape``."""
     size = (output_size(s, conv.kernel_size[0], conv.stride[0], conv.dilation[0]) for s in shape[2:])
     return (shape[0], conv.out_channels, *size)
 
 
-def _train(structure: Structure, x: Tensor) -> Tensor:
+def _train(block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
     """The deferred algorithm with its gradients: batch statistics, frozen ones, or a mixture."""
     dtype = operand_dtype(x)
     shortcut = x if structure.before is None else structure.before(x)
@@ -238,44 +256,83 @@ def _train(structure: Structure, x: Tensor) -> Tensor:
     if outside is not None:
         outside = outside.to(dtype if structure.projection is not None else outside.dtype)
         outside = outside.contiguous(memory_format=torch.channels_last)
-    layers = structure.chain if structure.projection is None else (*structure.chain, structure.projection)
     spec = ResidualSpec(
         tuple(_layer(*pair) for pair in structure.chain),
         None if structure.projection is None else _layer(*structure.projection),
         dtype,
     )
-    flat = [t for conv, norm in layers for t in (conv.weight, *norms.parameters(norm))]
+    flat = [t for conv, norm in structure.layers for t in (conv.weight, *norms.parameters(norm))]
     with no_autocast(x):
         operand = x.to(dtype).contiguous(memory_format=torch.channels_last)
         out, *moments = ResidualFunction.apply(spec, operand, outside, *flat)
     remaining = iter(moments)
-    for _, norm in layers:
+    for _, norm in structure.layers:
         if norms.batch_statistics(norm):
             norms.update_running(norm, next(remaining), next(remaining))
     return like_eager(out, x, structure.chain)
 
 
-def _infer(structure: Structure, x: Tensor) -> Tensor:
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """What, besides the block, inference depends on."""
+    return (type(x), x.shape, x.stride(), x.dtype, operand_dtype(x), x.device, forced_backend())
+
+
+def _infer(block: Any, structure: Structure, x: Tensor) -> Tensor:
     """Folded norms: one convolution with bias, ReLU and residual per layer."""
-    dtype = operand_dtype(x)
-    shortcut = x if structure.before is None else structure.before(x)
+    modules, kind = paths.descendants(block), _kind(x)
+    program = inference.recall(block, modules, kind)
+    if program is not None:
+        return program(x)
+    program, out = _program(block, structure, x)
+    inference.keep(block, modules, kind, program)
+    return out
+
+
+def _program(block: Any, structure: Structure, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The block's inference for inputs like ``x``, every convolution bound by running it; and the output for ``x``."""
+    dtype, last, before = operand_dtype(x), structure.chain[-1], structure.before
+    shortcut = x if before is None else before(x)
     with no_autocast(x):
+        h, residual = _operand(x, dtype), _operand(shortcut, dtype)
+        projection = None
         if structure.projection is not None:
-            shortcut = _conv_folded(*structure.projection, _operand(shortcut, dtype), None, False)
-        h = _operand(x, dtype)
-        residual = _operand(shortcut, dtype)
-        for i, (conv, norm) in enumerate(structure.chain):
-            h = _conv_folded(conv, norm, h, residual if i == len(structure.chain) - 1 else None, True)
-    return like_eager(h, x, structure.chain)
+            projection = inference.bind(*structure.projection, residual, None, relu=False)
+            residual = projection(residual, None)
+        chain = []
+        for conv, norm in structure.chain[:-1]:
+            chain.append(inference.bind(conv, norm, h, None, relu=True))
+            h = chain[-1](h, None)
+        scratch = projection is not None  # nobody else has the projection's output
+        end = inference.bind(*last, h, residual, relu=True, overwrite_residual=scratch)
+        out = end(h, residual)
+    plain = like_eager(out, x, structure.chain) is not out
+
+    def run(x: Tensor) -> Tensor:
+        shortcut = x if before is None else before(x)
+        with no_autocast(x):
+            h, residual = _operand(x, dtype), _operand(shortcut, dtype)
+            if projection is not None:
+                residual = projection(residual, None)
+            for step in chain:
+                h = step(h, None)
+            h = end(h, residual)
+        return h.contiguous() if plain else h
+
+    return (run if block._resnet_fused_backend == "auto" else _under(block._resnet_fused_backend, run)), (
+        out.contiguous() if plain else out
+    )
+
+
+def _under(backend: str, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def forced(x: Tensor) -> Tensor:
+        with use_backend(backend):
+            return run(x)
+
+    return forced
 
 
 def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _conv_folded(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    weight, bias = folding.folded(conv, norm, x.dtype)
-    return ops.conv(conv.kernel_size[0]).infer(x, weight, bias, geometry(conv), residual=residual, relu=relu)
 
 
 def like_eager(out: Tensor, x: Tensor, chain: Any) -> Tensor:

@@ -1,36 +1,41 @@
-"""The stem of an ImageNet ResNet: a convolution that stays with PyTorch, then batch norm + ReLU + max-pool in one op."""
+"""The stem of an ImageNet ResNet: PyTorch's convolution, then batch norm + ReLU + max-pool in one op."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fused import ops
-from resnet_fused.autograd.layer import no_autocast
+from resnet_fused.autograd.layer import forced_backend, no_autocast
 from resnet_fused.autograd.stem import StemFunction
 from resnet_fused.backends import use_backend
-from resnet_fused.blocks import folding, norms, paths
+from resnet_fused.blocks import inference, norms, paths
 from resnet_fused.blocks.parts import activation_reason
 from resnet_fused.blocks.paths import Reason
 from resnet_fused.blocks.residual import is_channels_last, operand_dtype
+
+if TYPE_CHECKING:  # the mixin stands in front of an nn.Module and relies on it
+    _Module = nn.Module
+else:
+    _Module = object
 
 
 class Stem(NamedTuple):
     """The four modules in front of the first stage."""
 
-    conv: nn.Module  # any module
-    norm: nn.Module
-    activation: nn.Module
-    pool: nn.Module
+    conv: Any  # any module
+    norm: Any
+    activation: Any
+    pool: Any
 
 
-class FusedStem:
+class FusedStem(_Module):
     """Mixin over a network's class; the class tells its four modules in ``_stem_parts``."""
 
     kind: ClassVar[str] = "stem"
-    _resnet_fused_backend: str = "auto"
+    _resnet_fused_backend = "auto"  # without annotation: TorchScript cannot read one that is text
 
     def _stem_parts(self: Any) -> Stem:
         return Stem(self.conv1, self.bn1, self.relu, self.maxpool)
@@ -39,8 +44,7 @@ class FusedStem:
     def _fused_stem(self: Any, x: Tensor) -> Tensor:
         parts = self._stem_parts()
         compiling = torch.compiler.is_compiling()
-        reason = None if compiling else paths.transformed(x)
-        reason = reason or stem_reason(parts) or _input_reason(x)
+        reason = paths.transformed(x) or stem_reason(parts) or _input_reason(x)
         if reason is not None:
             if not compiling:
                 paths.take(self, paths.ORIGINAL, reason)
@@ -52,7 +56,7 @@ class FusedStem:
         with use_backend(self._resnet_fused_backend):
             return _stem(self, parts, x)
 
-    def _forward_impl(self, x: Tensor) -> Tensor:
+    def _forward_impl(self: Any, x: Tensor) -> Tensor:
         """The forward of torchvision's ResNet."""
         if torch.jit.is_scripting():
             x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -68,8 +72,8 @@ class FusedStem:
 
     @torch.jit.unused
     def train(self, mode: bool = True):
-        """As ``nn.Module.train``; folded weights are made anew."""
-        folding.forget(self)
+        """As ``nn.Module.train``; what inference keeps is made anew."""
+        inference.forget(self)
         return super().train(mode)
 
 
@@ -77,7 +81,8 @@ def stem_reason(parts: Stem) -> Reason | None:
     """Why the four modules are not a stem that the fused path computes."""
     pool = parts.pool
     if type(pool) is not nn.MaxPool2d or (
-        [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] != [(3, 3), (2, 2), (1, 1), (1, 1)]
+        [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+        != [(3, 3), (2, 2), (1, 1), (1, 1)]
         or pool.ceil_mode
         or pool.return_indices
     ):
@@ -102,7 +107,7 @@ def _input_reason(x: Tensor) -> Reason | None:
     return None
 
 
-def _foldable(conv: nn.Module, x: Tensor) -> bool:
+def _foldable(conv: Any, x: Tensor) -> bool:
     return (
         type(conv) is nn.Conv2d
         and conv.bias is None
@@ -119,13 +124,18 @@ def _foldable(conv: nn.Module, x: Tensor) -> bool:
 
 def _stem(owner: Any, parts: Stem, x: Tensor) -> Tensor:
     frozen = not norms.batch_statistics(parts.norm)
-    tensors = (*parts.conv.parameters(), *parts.norm.parameters())
-    gradient = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+    parameters = (*parts.conv.parameters(), *parts.norm.parameters())
+    gradient = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     if frozen and not gradient and _foldable(parts.conv, x):
         if not torch.compiler.is_compiling():
             paths.take(owner, paths.INFER)
-        weight, bias = folding.folded(parts.conv, parts.norm, x.dtype)
-        out = ops.stem.infer(x, weight, bias, stride=parts.conv.stride[0], padding=parts.conv.padding[0])
+        kind = (type(x), x.shape, x.dtype, x.device, forced_backend())
+        step = inference.recall(owner, parts, kind)
+        if step is None:
+            weight, bias = inference.fold(parts.conv, parts.norm, x.dtype)
+            step = ops.stem.bind(x, weight, bias, stride=parts.conv.stride[0], padding=parts.conv.padding[0])
+            inference.keep(owner, parts, kind, step)
+        out = step(x)
         return out if is_channels_last(x) or is_channels_last(parts.conv.weight) else out.contiguous()
     y = parts.conv(x)
     reason = _input_reason(y)

@@ -26,14 +26,35 @@ def same(op: str, name: str, t: Tensor, other_name: str, other: Tensor, *, dtype
     """The shape, device and (unless told otherwise) dtype of ``other``."""
     if t.shape != other.shape:
         fail(op, name, f"of {other_name}'s shape {tuple(other.shape)}", f"shape {tuple(t.shape)}")
-    if t.device != other.device:
-        fail(op, name, f"on {other_name}'s device {other.device}", f"device {t.device}")
+    device(op, name, t, other_name, other)
     if dtype and t.dtype != other.dtype:
         fail(op, name, f"of {other_name}'s dtype {other.dtype}", t.dtype, TypeError)
 
 
+def device(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """The device of ``other``."""
+    if t.device != other.device:
+        fail(op, name, f"on {other_name}'s device {other.device}", f"device {t.device}")
+
+
+def parameters(op: str, mean: Tensor, **vectors: Tensor | None) -> None:
+    """Each of a norm's parameters that is given has the channels and device of ``mean``; any dtype."""
+    for name, v in vectors.items():
+        if v is not None:
+            if v.shape != mean.shape[-1:]:
+                fail(op, name, f"of shape {tuple(mean.shape[-1:])}", f"shape {tuple(v.shape)}")
+            device(op, name, v, "mean", mean)
+
+
+def count(op: str, count: Tensor, mean: Tensor) -> None:
+    """Tile counts: int32, on the device of ``mean``."""
+    if count.dtype != torch.int32:
+        fail(op, "count", "of dtype int32", count.dtype, TypeError)
+    device(op, "count", count, "mean", mean)
+
+
 def channels(op: str, like: Tensor, size: Any, **vectors: Tensor | None) -> None:
-    """Each vector that is given has ``size`` elements, lies on ``like``'s device and holds accumulation-dtype values."""
+    """Each vector that is given has ``size`` elements of the accumulation dtype on ``like``'s device."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     for name, v in vectors.items():
         if v is None:

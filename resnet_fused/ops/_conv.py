@@ -76,7 +76,9 @@ class ConvOps:
 
     # --- what autograd functions and blocks call -----------------------------------------------------------------
 
-    def fprop(self, x: Tensor | Deferred, weight: Tensor, conv: Conv, *, statistics: bool) -> tuple[Tensor, TileStatistics]:
+    def fprop(
+        self, x: Tensor | Deferred, weight: Tensor, conv: Conv, *, statistics: bool
+    ) -> tuple[Tensor, TileStatistics]:
         """``y = conv2d(x, weight)`` with the statistics of ``y`` (of no tile unless asked for).
 
         Args:
@@ -96,10 +98,36 @@ class ConvOps:
         """``relu(conv2d(x, weight) + bias + residual)``; ``bias`` (K,) fp32 (fp64), ``residual`` like the result."""
         return self._infer(x, weight, bias, residual, *conv, relu)
 
+    def bind(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        conv: Conv,
+        *,
+        residual: Tensor | None,
+        relu: bool,
+        overwrite_residual: bool = False,
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """:meth:`infer` as a function of ``x`` and ``residual``, the choices and preparations made once.
+
+        It serves inputs of the same shape, dtype, device and memory format as these. With ``overwrite_residual`` the
+        result may be written over ``residual``.
+        """
+        bound = self._infer.bind(x, weight, bias, residual, *conv, relu, overwrite_residual=overwrite_residual)
+        return bound if bound is not None else lambda x, r: self._infer(x, weight, bias, r, *conv, relu)
+
     def dgrad(
-        self, grad: Gradient, weight: Tensor, x: Tensor | Deferred, norm: Norm | None, conv: Conv, *, skip: Gradient | None = None
+        self,
+        grad: Gradient,
+        weight: Tensor,
+        x: Tensor | Deferred,
+        norm: Norm | None,
+        conv: Conv,
+        *,
+        skip: Gradient | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(dx, dbeta, dgamma)``: for a deferred ``x`` with ``norm``, the gradient of ``y * scale + shift`` and both sums.
+        """``(dx, dbeta, dgamma)``; for a deferred ``x``, ``dx`` is the gradient of ``y * scale + shift``.
 
         Without ``norm`` the sums are empty. ``skip``, for a plain ``x`` alone: its masked ``dz`` is added to ``dx``.
         """
@@ -128,18 +156,24 @@ class ConvOps:
     def _check_conv(self, op: str, x: Tensor, weight: Tensor, stride: int, dilation: int, groups: int) -> None:
         _check.activation(op, "x", x)
         if weight.dim() != 4 or weight.shape[2] != self.kernel or weight.shape[3] != self.kernel:
-            _check.fail(op, "weight", f"of shape (K, C / groups, {self.kernel}, {self.kernel})", f"shape {tuple(weight.shape)}")
+            _check.fail(
+                op, "weight", f"of shape (K, C / groups, {self.kernel}, {self.kernel})", f"shape {tuple(weight.shape)}"
+            )
         if weight.dtype != x.dtype:
             _check.fail(op, "weight", f"of x's dtype {x.dtype}", weight.dtype, TypeError)
-        if weight.device != x.device:
-            _check.fail(op, "weight", f"on x's device {x.device}", f"device {weight.device}")
+        _check.device(op, "weight", weight, "x", x)
         for name, value in (("stride", stride), ("dilation", dilation), ("groups", groups)):
             if value < 1:
                 _check.fail(op, name, ">= 1", value)
         if self.kernel == 1 and groups != 1:
             _check.fail(op, "groups", "of 1", groups)
         if x.shape[1] != weight.shape[1] * groups:
-            _check.fail(op, "x", f"of {weight.shape[1] * groups} channels (weight {tuple(weight.shape)}, groups {groups})", x.shape[1])
+            _check.fail(
+                op,
+                "x",
+                f"of {weight.shape[1] * groups} channels (weight {tuple(weight.shape)}, groups {groups})",
+                x.shape[1],
+            )
         if weight.shape[0] % groups != 0:
             _check.fail(op, "weight", f"with output channels divisible by groups {groups}", weight.shape[0])
 
@@ -159,6 +193,7 @@ class ConvOps:
                 _check.fail(op, "residual", f"of shape {shape}", f"shape {tuple(residual.shape)}")
             if residual.dtype != x.dtype:
                 _check.fail(op, "residual", f"of x's dtype {x.dtype}", residual.dtype, TypeError)
+            _check.device(op, "residual", residual, "x", x)
 
     def _check_backward(self, op, dz, sign, y, a, b, c, weight, x, scale, shift, stride, dilation, groups) -> None:
         self._check_conv(op, x, weight, stride, dilation, groups)
@@ -166,6 +201,7 @@ class ConvOps:
         shape = self._output_shape(x, weight, stride, dilation)
         if tuple(dz.shape) != shape:
             _check.fail(op, "dz", f"of the output's shape {shape}", f"shape {tuple(dz.shape)}")
+        _check.device(op, "dz", dz, "x", x)
         _check.sign(op, "sign", sign, dz)
         if _check.together(op, y=y, b=b, c=c):
             _check.same(op, "y", y, "dz", dz, dtype=False)
@@ -179,7 +215,9 @@ class ConvOps:
         self, dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups
     ) -> None:
         self._check_input_gradient(f"{self.stem}_dgrad", x, scale, mean, rstd, skip, skip_sign)
-        self._check_backward(f"{self.stem}_dgrad", dz, sign, y, a, b, c, weight, x, scale, shift, stride, dilation, groups)
+        self._check_backward(
+            f"{self.stem}_dgrad", dz, sign, y, a, b, c, weight, x, scale, shift, stride, dilation, groups
+        )
 
     def _check_input_gradient(self, op, x, scale, mean, rstd, skip, skip_sign) -> None:
         if _check.together(op, mean=mean, rstd=rstd) and scale is None:
@@ -192,12 +230,32 @@ class ConvOps:
             _check.sign(op, "skip_sign", skip_sign, skip)
 
     def _check_wgrad(self, dz, sign, y, a, b, c, weight, x, scale, shift, stride, dilation, groups, dtype) -> None:
-        self._check_backward(f"{self.stem}_wgrad", dz, sign, y, a, b, c, weight, x, scale, shift, stride, dilation, groups)
+        self._check_backward(
+            f"{self.stem}_wgrad", dz, sign, y, a, b, c, weight, x, scale, shift, stride, dilation, groups
+        )
         if dtype not in _check.FLOATING:
             _check.fail(f"{self.stem}_wgrad", "dtype", "floating", dtype, TypeError)
 
     def _check_bprop(
-        self, dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups, dtype
+        self,
+        dz,
+        sign,
+        y,
+        a,
+        b,
+        c,
+        weight,
+        x,
+        scale,
+        shift,
+        mean,
+        rstd,
+        skip,
+        skip_sign,
+        stride,
+        dilation,
+        groups,
+        dtype,
     ) -> None:
         op = f"{self.stem}_bprop"
         self._check_input_gradient(op, x, scale, mean, rstd, skip, skip_sign)
@@ -234,7 +292,9 @@ class ConvOps:
 def split_bprop(dgrad: Callable[..., Any], wgrad: Callable[..., Any]) -> Callable[..., Any]:
     """A backend's ``bprop`` made of its ``dgrad`` and ``wgrad``."""
 
-    def bprop(dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups, dtype):
+    def bprop(
+        dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups, dtype
+    ):
         grad = (dz, sign, y, a, b, c)
         dx = dgrad(*grad, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups)
         return (*dx, wgrad(*grad, weight, x, scale, shift, stride, dilation, groups, dtype))
@@ -243,7 +303,7 @@ def split_bprop(dgrad: Callable[..., Any], wgrad: Callable[..., Any]) -> Callabl
 
 
 def _flat(x: Tensor | Deferred) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return tuple(x) if isinstance(x, Deferred) else (x, None, None)
+    return (x.y, x.scale, x.shift) if isinstance(x, Deferred) else (x, None, None)
 
 
 def _statistics(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:

@@ -47,10 +47,24 @@ class Op:
         return backends.choose(self.name, *args).run(*args)
 
     def __call__(self, *args: Any) -> Any:
-        # Straight to the backend when nothing needs to see the op: the dispatcher costs more than a small kernel.
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(args[0]) is not Tensor:
-            return self.overload(*args)
-        return self.run(*args)
+        return self.overload(*args) if _watched(args[0]) else self.run(*args)
+
+    def bind(self, *args: Any, **hints: Any) -> Callable[..., Any] | None:
+        """What the backend chosen for arguments like these prepares for many calls; None if it prepares nothing."""
+        if _watched(args[0]):
+            return None
+        self.check(*args)
+        prepare = backends.choose(self.name, *args).bind
+        return None if prepare is None else prepare(*args, **hints)
+
+
+def _watched(x: Any) -> bool:
+    """Whether something must see the op itself; else a call goes straight to the backend, past the dispatcher's cost."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    )
 
 
 def empty_channels_last(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:

@@ -29,7 +29,7 @@ _statistics = Op("bn_statistics(Tensor y) -> (Tensor, Tensor, Tensor)", _check_s
 
 
 def statistics(y: Tensor) -> TileStatistics:
-    """Statistics of a tensor that no op of ours wrote: ``y.mean((0, 2, 3))`` and ``y.var((0, 2, 3), unbiased=False) * M``."""
+    """``y.mean((0, 2, 3))`` and ``y.var((0, 2, 3), unbiased=False) * M`` of a tensor that no op of ours wrote."""
     return TileStatistics(*_statistics(y))
 
 
@@ -38,9 +38,10 @@ def statistics(y: Tensor) -> TileStatistics:
 
 def _check_tiles(op: str, count: Tensor, mean: Tensor, m2: Tensor) -> None:
     if mean.dim() != 2 or mean.dtype not in (torch.float32, torch.float64):
-        _check.fail(op, "mean", "of shape (T, C) and dtype float32 or float64", f"shape {tuple(mean.shape)}, {mean.dtype}")
-    if count.dtype != torch.int32:
-        _check.fail(op, "count", "of dtype int32", count.dtype, TypeError)
+        _check.fail(
+            op, "mean", "of shape (T, C) and dtype float32 or float64", f"shape {tuple(mean.shape)}, {mean.dtype}"
+        )
+    _check.count(op, count, mean)
     if count.dim() != 1 or count.shape[0] != mean.shape[0]:
         _check.fail(op, "count", f"of shape ({mean.shape[0]},)", f"shape {tuple(count.shape)}")
     _check.same(op, "m2", m2, "mean", mean)
@@ -58,9 +59,7 @@ def _fake_merge(count: Tensor, mean: Tensor, m2: Tensor):
 def _check_finalize(count, mean, m2, weight, bias, eps) -> None:
     op = "bn_finalize"
     _check_tiles(op, count, mean, m2)
-    for name, v in (("weight", weight), ("bias", bias)):
-        if v is not None and v.shape != mean.shape[1:]:
-            _check.fail(op, name, f"of shape {tuple(mean.shape[1:])}", f"shape {tuple(v.shape)}")
+    _check.parameters(op, mean, weight=weight, bias=bias)
     if not eps >= 0:
         _check.fail(op, "eps", ">= 0", eps)
 
@@ -97,7 +96,9 @@ def finalize(tiles: TileStatistics, weight: Tensor | None, bias: Tensor | None, 
     return Norm(scale, shift, mean, rstd), var
 
 
-def frozen(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, dtype: torch.dtype) -> Norm:
+def frozen(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, dtype: torch.dtype
+) -> Norm:
     """The norm of running statistics, in ``dtype`` (fp32 or fp64)."""
     mean = mean.to(dtype)
     rstd = torch.rsqrt(var.to(dtype) + eps)
@@ -110,10 +111,8 @@ def frozen(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
 def _check_coefficients(dbeta, dgamma, weight, mean, rstd, count) -> None:
     op = "bn_coefficients"
     _check.channels(op, mean, mean.shape[0], dbeta=dbeta, dgamma=dgamma, rstd=rstd)
-    if weight is not None and weight.shape != mean.shape:
-        _check.fail(op, "weight", f"of shape {tuple(mean.shape)}", f"shape {tuple(weight.shape)}")
-    if count.dtype != torch.int32:
-        _check.fail(op, "count", "of dtype int32", count.dtype, TypeError)
+    _check.parameters(op, mean, weight=weight)
+    _check.count(op, count, mean)
 
 
 def _fake_coefficients(dbeta, dgamma, weight, mean, rstd, count):

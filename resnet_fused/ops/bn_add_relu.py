@@ -26,8 +26,7 @@ def _check_forward(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, ma
 
 
 def _fake_forward(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, mask):
-    dtype = y.dtype if shortcut is None else torch.result_type(y, shortcut)
-    return empty_channels_last(y, *y.shape, dtype=dtype), y.new_empty(((y.numel() + 7) // 8 if mask else 0,), dtype=torch.uint8)
+    return empty_channels_last(y, *y.shape), y.new_empty(((y.numel() + 7) // 8 if mask else 0,), dtype=torch.uint8)
 
 
 _forward = Op(
@@ -46,7 +45,7 @@ def forward(y: Deferred, shortcut: Tensor | Deferred | None, *, sign: bool) -> t
         shortcut: None, plain, or the output of a projection with its norm (no ReLU of its own).
         sign: whether backward will need the sign.
     Returns:
-        ``out`` in channels_last, dtype ``torch.result_type(y, shortcut)``; and None, a packed 1-bit mask
+        ``out`` in channels_last, ``y``'s dtype (as of ``out += shortcut``); and None, a packed 1-bit mask
         (``ceil(numel / 8)`` bytes), or ``out`` itself where a pass over bits costs more than reading ``out`` again.
     """
     s, s_scale, s_shift = shortcut if isinstance(shortcut, Deferred) else (shortcut, None, None)
@@ -77,7 +76,7 @@ _mask = Op("bn_add_relu_mask(Tensor dout, Tensor sign) -> Tensor", _check_mask, 
 
 
 def gradient(dout: Tensor, sign: Tensor) -> Gradient:
-    """The gradient of the sum: pending on the bits where every reader can apply them, masked once and for all otherwise."""
+    """The gradient of the sum: pending on packed bits, which every reader applies; masked here and now otherwise."""
     if sign.dtype == torch.uint8:
         return Gradient(dout, sign)
     return Gradient(_mask(dout, sign))
@@ -133,7 +132,9 @@ def _fake_apply(dz, sign, y, a, b, c):
 
 
 _apply = Op(
-    "bn_add_relu_apply(Tensor dz, Tensor? sign, Tensor y, Tensor a, Tensor? b, Tensor? c) -> Tensor", _check_apply, _fake_apply
+    "bn_add_relu_apply(Tensor dz, Tensor? sign, Tensor y, Tensor a, Tensor? b, Tensor? c) -> Tensor",
+    _check_apply,
+    _fake_apply,
 )
 
 

@@ -5,6 +5,8 @@ No index tensor is kept: backward finds the winners again from ``y``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,7 @@ def _check_infer(x, weight, bias, stride, padding) -> None:
         _check.fail(op, "weight", f"of shape (K, {x.shape[1]}, R, S)", f"shape {tuple(weight.shape)}")
     if weight.dtype != x.dtype:
         _check.fail(op, "weight", f"of x's dtype {x.dtype}", weight.dtype, TypeError)
+    _check.device(op, "weight", weight, "x", x)
     _check.channels(op, x, weight.shape[0], bias=bias)
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
         if value < least:
@@ -54,12 +57,20 @@ def _fake_infer(x, weight, bias, stride, padding):
     return empty_channels_last(x, x.shape[0], weight.shape[0], output_size(p, 3, 2, 1), output_size(q, 3, 2, 1))
 
 
-_infer = Op("stem_infer(Tensor x, Tensor weight, Tensor bias, int stride, int padding) -> Tensor", _check_infer, _fake_infer)
+_infer = Op(
+    "stem_infer(Tensor x, Tensor weight, Tensor bias, int stride, int padding) -> Tensor", _check_infer, _fake_infer
+)
 
 
 def infer(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: int) -> Tensor:
     """``max_pool2d(relu(conv2d(x, weight, bias, stride, padding)), 3, 2, 1)``; ``bias`` (K,) fp32 (fp64)."""
     return _infer(x, weight, bias, stride, padding)
+
+
+def bind(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: int) -> Callable[[Tensor], Tensor]:
+    """:func:`infer` for inputs like ``x`` (shape, dtype, device) with the choices and preparations made once."""
+    bound = _infer.bind(x, weight, bias, stride, padding)
+    return bound if bound is not None else lambda x: _infer(x, weight, bias, stride, padding)
 
 
 def _check_backward(op, dout, y, scale, shift, **vectors) -> None:
@@ -113,8 +124,9 @@ def apply(dout: Tensor, y: Tensor, norm: Norm, a: Tensor, b: Tensor | None, c: T
 
 def _check_joint(dout, y, scale, shift, mean, rstd, weight, count) -> None:
     _check_backward("stem_backward", dout, y, scale, shift, mean=mean, rstd=rstd)
-    if weight is not None and weight.shape != mean.shape:
-        _check.fail("stem_backward", "weight", f"of shape {tuple(mean.shape)}", f"shape {tuple(weight.shape)}")
+    _check.parameters("stem_backward", mean, weight=weight)
+    if count is not None:
+        _check.count("stem_backward", count, mean)
 
 
 def _fake_joint(dout, y, scale, shift, mean, rstd, weight, count):
