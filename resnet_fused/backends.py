@@ -30,6 +30,7 @@ class Implementation:
     unsupported_reason: Callable[..., str | None]
     default: bool  # False: runs only when forced (no GPU has proved it yet)
     bind: Callable[..., Callable[..., Any] | None] | None  # like run, but returns a function of the activations alone
+    consume: Callable[..., Any] | None  # like run, but may write over its first argument
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -49,10 +50,11 @@ def register(
     *,
     default: bool = True,
     bind: Callable[..., Callable[..., Any] | None] | None = None,
+    consume: Callable[..., Any] | None = None,
 ) -> None:
     """Add ``backend``'s implementation of ``op``; see :class:`Implementation`."""
     config.check_backend(backend, "register")
-    _table.setdefault(op, {})[backend] = Implementation(backend, run, unsupported_reason, default, bind)
+    _table.setdefault(op, {})[backend] = Implementation(backend, run, unsupported_reason, default, bind, consume)
 
 
 def implementations(op: str) -> dict[str, Implementation]:

@@ -119,5 +119,6 @@ def _to_channels_last(module: nn.Module) -> None:
     """Restride the convolutions that belong to a block, or to a network's stem."""
     owned = module._stem_parts().conv if isinstance(module, FusedStem) else module
     for conv in owned.modules():
-        if isinstance(conv, nn.Conv2d) and type(conv.weight) is nn.Parameter:
-            conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+        weight = conv._parameters.get("weight")  # a parametrization would compute the attribute
+        if isinstance(conv, nn.Conv2d) and type(weight) is nn.Parameter:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)

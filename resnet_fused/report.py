@@ -171,7 +171,7 @@ class Explanation:
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Run ``model(*args, **kwargs)`` once and tell which path each block took, and why.
 
-    Buffers (running statistics) are put back afterwards; the random state too. A compiled model is run without its
+    Buffers (running statistics) are copies meanwhile; the random state is put back. A compiled model is run without its
     compiled code, which takes the same paths.
 
     Raises:
@@ -180,19 +180,19 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: expected model to be an nn.Module, got {type(model).__name__}")
     names = {id(module): name for name, module in model.named_modules()}
-    buffers = [(b, None if b.is_inference() else b._version, b.detach().clone()) for b in model.buffers()]
+    buffers = [(m, key, b) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+    copies = {id(b): b.detach().clone() for *_, b in buffers}
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
+        for module, key, buffer in buffers:
+            module._buffers[key] = copies[id(buffer)]
         with torch.random.fork_rng(devices), eager, paths.recording() as calls:
             model(*args, **kwargs)
     finally:
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                # An untouched buffer keeps its version: a graph of before can still go backward.
-                if version is None or buffer._version != version:
-                    buffer.copy_(value)
+        for module, key, buffer in buffers:
+            module._buffers[key] = buffer
     steps = [
         Step(names.get(id(call.module), "?"), str(call.module.kind), call.path, *(call.reason or (None, None)))
         for call in calls

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from helpers import randomise
+from helpers import rand, randn
 from torch import nn
 from torchvision.models import resnet
 
@@ -14,8 +14,26 @@ import resnet_fused
 BLOCKS = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}
 
 
+def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Norms as training leaves them: every channel alive, the first gamma negative, statistics of their own."""
+    norms = [m for m in model.modules() if hasattr(m, "running_mean") or isinstance(m, nn.GroupNorm)]
+    for i, norm in enumerate(norms, seed):
+        shape = norm.weight.shape
+        with torch.no_grad():
+            norm.weight.copy_(rand(*shape, seed=4 * i))
+            norm.weight[0].neg_()
+            norm.bias.copy_(randn(*shape, seed=4 * i + 1) * 0.2)
+            if hasattr(norm, "running_mean"):
+                norm.running_mean.copy_(randn(*shape, seed=4 * i + 2) * 0.2)
+                norm.running_var.copy_(rand(*shape, seed=4 * i + 3))
+    return model
+
+
 def tiny(
-    kind: str = "bottleneck", *, dtype: torch.dtype = torch.float64, norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d
+    kind: str = "bottleneck",
+    *,
+    dtype: torch.dtype = torch.float64,
+    norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
 ) -> nn.Module:
     """``torchvision.models.ResNet`` with a stem, three blocks (4 x 4 channels at most) and random norm parameters.
 

@@ -47,13 +47,15 @@ def calls(monkeypatch) -> list[tuple[str, str]]:
                 seen.append((op, name))
                 return found.run(*args)
 
-            monkeypatch.setitem(backends.implementations(op), name, dataclasses.replace(found, run=run))
+            spy = dataclasses.replace(found, run=run, consume=None)
+            monkeypatch.setitem(backends.implementations(op), name, spy)
     return seen
 
 
 def fake(name: str, run, unsupported_reason) -> backends.Implementation:
     """An implementation that is chosen by default."""
-    return backends.Implementation(name, run, unsupported_reason, True, None)
+    model = backends.implementations("bn_statistics")["reference"]
+    return dataclasses.replace(model, backend=name, run=run, unsupported_reason=unsupported_reason)
 
 
 # --- forcing --------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import weakref
 import pytest
 import timm
 import torch
-from helpers import assert_close, assert_same_buffers, assert_same_step, error, randn, randomise, step
-from networks import paths_of, reasons_of, tiny, tiny_timm
+from helpers import assert_close, assert_same_buffers, assert_same_step, randn, step
+from networks import paths_of, randomise, reasons_of, tiny, tiny_timm
 from torch import nn
 from torchvision.models import detection, resnet, segmentation
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -61,7 +61,9 @@ FOUND = [  # model, kind of its blocks, how many
 
 
 @pytest.mark.parametrize(
-    ("build", "kind", "blocks"), FOUND, ids=[f"{build.__module__.split('.')[0]}-{build.__name__}" for build, *_ in FOUND]
+    ("build", "kind", "blocks"),
+    FOUND,
+    ids=[f"{build.__module__.split('.')[0]}-{build.__name__}" for build, *_ in FOUND],
 )
 def test_every_block_and_the_stem_are_found(build, kind, blocks):
     rows = report(fuse(on_meta(build), strict=True)).rows
@@ -701,9 +703,3 @@ def test_timm_adapter_covers_subclasses_by_name_only():
         timm.models.resnet.Bottleneck,
         timm.models.resnet.ResNet,
     }
-
-
-def test_fp32_error_is_small(x):
-    plain = tiny(dtype=torch.float32)
-    fused = fuse(copy.deepcopy(plain))
-    assert error(fused(x.float()), plain(x.float())) < 1e-4

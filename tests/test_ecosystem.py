@@ -1,4 +1,4 @@
-"""What people do with PyTorch models, done with fused ones and compared with PyTorch's own result on an unfused copy."""
+"""What people do with PyTorch models, done with fused ones and compared with PyTorch's result on an unfused copy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from helpers import assert_close, assert_same_buffers, assert_same_step, error, randn, randomise, step
-from networks import paths_of, reasons_of, tiny, tiny_timm
+from helpers import assert_close, assert_same_buffers, assert_same_step, error, randn, step
+from networks import paths_of, randomise, reasons_of, tiny, tiny_timm
 from torch import nn
 from torch._dynamo.testing import CompileCounter, EagerAndRecordGraphs
 from torch._subclasses import FakeTensorMode
@@ -54,6 +54,15 @@ def pair(kind: str = "bottleneck", **options) -> tuple[nn.Module, nn.Module]:
     return fuse(copy.deepcopy(plain)), plain
 
 
+def short_pair(kind: str = "bottleneck") -> tuple[nn.Module, nn.Module]:
+    """(fused, plain) of the stem and one block: compiling takes its time."""
+    plain = tiny(kind)
+    plain.layer1, plain.layer2 = nn.Sequential(plain.layer1[0]), nn.Sequential()
+    if kind == "basic":
+        plain.fc = nn.Linear(4, 5).double()
+    return fuse(copy.deepcopy(plain)), plain
+
+
 def same_inference(ours, theirs, x: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     with torch.no_grad():
         assert_close(ours(x), theirs(x), tolerance)
@@ -79,7 +88,9 @@ def saved(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("build", [tiny, tiny_timm], ids=["torchvision", "timm"])
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved], ids=["deepcopy", "pickle", "save"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved], ids=["deepcopy", "pickle", "save"]
+)
 def test_copies(build, how, x):
     plain = build().eval()
     fused = fuse(copy.deepcopy(plain))
@@ -199,8 +210,10 @@ CHANGES = {
     "new norm": lambda m: setattr(m.layer1[0], "bn2", randomise(nn.BatchNorm2d(4).double(), seed=8).eval()),
     "new convolution": lambda m: setattr(m.layer1[0], "conv2", nn.Conv2d(4, 4, 3, 1, 1, bias=False).double()),
     "eps": lambda m: [setattr(n, "eps", 0.1) for n in m.modules() if isinstance(n, nn.BatchNorm2d)],
-    "stride": lambda m: [setattr(b, "stride", (2, 2)) for b in (m.layer2[0].conv1, m.layer2[0].downsample[0])]
-    and setattr(m.layer2[0].conv2, "stride", (1, 1)),
+    "stride": lambda m: (
+        [setattr(b, "stride", (2, 2)) for b in (m.layer2[0].conv1, m.layer2[0].downsample[0])]
+        and setattr(m.layer2[0].conv2, "stride", (1, 1))
+    ),
     "train a batch, then eval": lambda m: (m.train()(randn(2, 3, 32, 32, seed=4)), m.eval()),
     "copy through data, then eval": lambda m: [p.data.mul_(0.5) for p in m.parameters()] and m.eval(),
     "optimizer under compile": lambda m: _compiled_step(m),
@@ -230,7 +243,12 @@ def test_inference_follows_a_change(change, x):
 def test_checkpoint_of_another_dtype(x):
     fused, plain = pair()
     fused.eval(), plain.eval()
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float32, 0.02), (torch.float64, 0.02)):
+    for dtype, tolerance in (
+        (torch.float32, 1e-4),
+        (torch.bfloat16, 0.1),
+        (torch.float32, 0.02),
+        (torch.float64, 0.02),
+    ):
         fused.to(dtype)
         with torch.no_grad():
             out = fused(x.to(dtype))
@@ -297,10 +315,9 @@ def test_threads(x):
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("kind", "dynamic"), [("basic", False), ("bottleneck", False), ("bottleneck", True)])
 def test_compile(kind, dynamic):
-    fused, plain = pair(kind)
+    fused, plain = short_pair(kind) if dynamic else pair(kind)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for shape in ((2, 3, 32, 32), (3, 3, 40, 48)) if dynamic else ((2, 3, 32, 32),):
         y = randn(*shape)
@@ -310,7 +327,9 @@ def test_compile(kind, dynamic):
     same_inference(compiled.eval(), plain.eval(), y)
 
 
-@pytest.mark.parametrize("build", [tiny_timm, lambda: randomise(models.cifar_resnet(8, num_classes=5)).double()], ids=["timm", "cifar"])
+@pytest.mark.parametrize(
+    "build", [tiny_timm, lambda: randomise(models.cifar_resnet(8, num_classes=5)).double()], ids=["timm", "cifar"]
+)
 def test_compile_of_other_models(build, x):
     plain = unfuse(build())
     fused = fuse(copy.deepcopy(plain))
@@ -321,7 +340,7 @@ def test_compile_of_other_models(build, x):
 
 
 def test_inductor(x):
-    fused, plain = pair("basic")
+    fused, plain = short_pair("basic")
     compiled = torch.compile(fused, fullgraph=True)
     ours = step(compiled, x)
     assert_same_step({k.removeprefix("_orig_mod."): v for k, v in ours.items()}, step(plain, x), TOLERANCE)
@@ -337,7 +356,7 @@ def graph_ops(model: nn.Module, *args) -> str:
 
 
 def test_compiled_inference_holds_the_fused_ops(x):
-    fused, _ = pair()
+    fused, _ = short_pair()
     with torch.no_grad():
         code = graph_ops(fused.eval(), x)
     for op in ("conv1x1_infer", "conv3x3_infer", "stem_infer"):
@@ -346,18 +365,18 @@ def test_compiled_inference_holds_the_fused_ops(x):
 
 
 def test_compile_heeds_disabled_on_every_call(x):
-    fused, plain = pair()
+    fused, plain = short_pair()
     backend = EagerAndRecordGraphs()
     compiled = torch.compile(fused.eval(), backend=backend, fullgraph=True)
     with torch.no_grad():
-        for context, expected in ((disabled(), False), (nullcontext(), True), (disabled(), False)):
+        for context in (disabled(), nullcontext(), disabled()):
             with context:
                 assert_close(compiled(x), plain.eval()(x), TOLERANCE)
         assert [FUSED_OPS in graph.code for graph in backend.graphs] == [False, True]
 
 
 def test_compile_heeds_hooks_and_swaps(x):
-    fused, plain = pair()
+    fused, plain = short_pair()
     fused.eval(), plain.eval()
     compiled = torch.compile(fused, backend="eager", fullgraph=True)
     same_inference(compiled, plain, x)
@@ -373,17 +392,14 @@ def test_compile_heeds_hooks_and_swaps(x):
 
 def test_compile_compiles_as_often_as_the_original():
     counts = []
-    for model in pair():
+    for model in short_pair("basic"):
         count = CompileCounter()
         compiled = torch.compile(model, backend=count, fullgraph=True)
         seen = []
-        for n in (2, 3, 4, 5):
+        for n in (2, 3, 4):
             compiled(randn(n, 3, 32, 32))
             seen.append(count.frame_count)
         model.eval()
-        for n in (2, 3):
-            compiled(randn(n, 3, 32, 32))
-            seen.append(count.frame_count)
         with torch.no_grad():
             for n, size in ((2, 32), (3, 32), (4, 64), (2, 96)):
                 compiled(randn(n, 3, size, size))
@@ -396,13 +412,13 @@ def test_compile_compiles_as_often_as_the_original():
 def test_compile_block_by_block():
     """Regional compilation: equal blocks share their code, as the original's do."""
     counts = []
-    plain = resnet.ResNet(resnet.BasicBlock, [2, 2, 1, 1], num_classes=5)
+    plain = nn.Sequential(*(resnet.BasicBlock(4, 4) for _ in range(4)))
     for model in (fuse(copy.deepcopy(plain)), plain):
         count = CompileCounter()
         for block in model.modules():
             if isinstance(block, resnet.BasicBlock):
                 block.compile(backend=count, fullgraph=True)
-        model(randn(2, 3, 32, 32, dtype=torch.float32))
+        model(randn(2, 4, 8, 8, dtype=torch.float32))
         counts.append(count.frame_count)
         torch._dynamo.reset()
     assert counts[0] <= counts[1]
@@ -448,7 +464,15 @@ def test_export(train, strict, tmp_path):
         "assert 'resnet_fused' not in sys.modules\n"
     )
     if not strict:
-        command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "model.pt2"), str(tmp_path / "expected.pt")]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            code,
+            str(tmp_path / "model.pt2"),
+            str(tmp_path / "expected.pt"),
+        ]
         subprocess.run(command, check=True, timeout=120)
 
 
@@ -469,7 +493,9 @@ def test_onnx(dynamo, build, tmp_path):
     y = randn(2, 3, 32, 32, dtype=torch.float32)
     with torch.no_grad():
         fused(y)
-    torch.onnx.export(fused, (y,), tmp_path / "model.onnx", dynamo=dynamo, input_names=["x"], output_names=["y"], verbose=False)
+    torch.onnx.export(
+        fused, (y,), tmp_path / "model.onnx", dynamo=dynamo, input_names=["x"], output_names=["y"], verbose=False
+    )
     stored = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(stored)
     assert {node.domain for node in stored.graph.node} <= {"", "ai.onnx"}
@@ -484,7 +510,9 @@ def test_onnx(dynamo, build, tmp_path):
 
 
 @pytest.mark.parametrize("build", [tiny, lambda: tiny("basic"), tiny_timm], ids=["bottleneck", "basic", "timm"])
-@pytest.mark.parametrize("how", [torch.jit.script, lambda m: torch.jit.trace(m, randn(2, 3, 32, 32))], ids=["script", "trace"])
+@pytest.mark.parametrize(
+    "how", [torch.jit.script, lambda m: torch.jit.trace(m, randn(2, 3, 32, 32))], ids=["script", "trace"]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript(build, how, x, tmp_path):
     plain = build().eval()
@@ -567,7 +595,11 @@ def test_timm_forward_intermediates_and_friends(x):
         (last, found), (exact_last, exact) = (m.forward_intermediates(x) for m in (fused, plain))
         for ours, theirs in zip([last, *found], [exact_last, *exact], strict=True):
             assert_close(ours, theirs, TOLERANCE)
-        assert_close(fused.forward_head(fused.forward_features(x), pre_logits=True), plain.forward_head(exact_last, pre_logits=True), TOLERANCE)
+        assert_close(
+            fused.forward_head(fused.forward_features(x), pre_logits=True),
+            plain.forward_head(exact_last, pre_logits=True),
+            TOLERANCE,
+        )
     for model in (fused, plain):
         model.reset_classifier(7)
         torch.manual_seed(0)
@@ -626,7 +658,13 @@ def test_functional_call(x):
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         out = torch.func.functional_call(model, {**inputs, **buffers}, (x,))
         gradients = torch.autograd.grad(out.square().sum(), list(inputs.values()))
-        found.append({"out": out, **dict(zip(inputs, gradients, strict=True)), **{k: b for k, b in buffers.items() if b.is_floating_point()}})
+        found.append(
+            {
+                "out": out,
+                **dict(zip(inputs, gradients, strict=True)),
+                **{k: b for k, b in buffers.items() if b.is_floating_point()},
+            }
+        )
     assert_same_step(*found, TOLERANCE)
     assert_same_buffers(fused, plain, 0.0)  # their own statistics have not moved
     fused.eval(), plain.eval()
@@ -653,9 +691,18 @@ def transforms() -> dict[str, object]:
         "jvp": lambda m, x: torch.func.jvp(m, (x,), (torch.ones_like(x),)),
         "vjp": lambda m, x: torch.func.vjp(m, x)[1](torch.ones(2, 5, dtype=x.dtype)),
         "jacrev": lambda m, x: torch.func.jacrev(m)(x),
-        "jacfwd-of-jvp": lambda m, x: torch.func.jvp(torch.func.grad(lambda y: m(y).sum()), (x,), (torch.ones_like(x),)),
-        "ensemble": lambda m, x: torch.func.vmap(lambda s, y: torch.func.functional_call(m, s, (y,)), in_dims=(0, None))(
-            {k: torch.stack([v, v * 1.1]) for k, v in {**parameters_of(m), **dict(m.named_buffers())}.items() if v.is_floating_point()}, x
+        "jacfwd-of-jvp": lambda m, x: torch.func.jvp(
+            torch.func.grad(lambda y: m(y).sum()), (x,), (torch.ones_like(x),)
+        ),
+        "ensemble": lambda m, x: torch.func.vmap(
+            lambda s, y: torch.func.functional_call(m, s, (y,)), in_dims=(0, None)
+        )(
+            {
+                k: torch.stack([v, v * 1.1])
+                for k, v in {**parameters_of(m), **dict(m.named_buffers())}.items()
+                if v.is_floating_point()
+            },
+            x,
         ),
     }
 
@@ -675,7 +722,7 @@ def test_function_transforms(name, x):
 @pytest.mark.parametrize("name", ["grad", "jvp", "vmap"])
 def test_function_transforms_under_compile(name, x):
     """A graph that was made for a transform is not used outside it, and the other way round."""
-    fused, plain = (m.eval() for m in pair())
+    fused, plain = (m.eval() for m in short_pair("basic"))
     transform = transforms()[name]
     compiled = torch.compile(lambda y: transform(fused, y), backend="aot_eager")
     assert_same_step(flattened(compiled(x)), flattened(transform(plain, x)), TOLERANCE)
@@ -731,7 +778,7 @@ def test_freezing(frozen, train, x):
             p.requires_grad_(False)
         found.append(step(model, x, need_dx=False))
     assert_same_step(*found, TOLERANCE)
-    assert not {name for name in found[0]} & {"x"}
+    assert not found[0].keys() & {"x"}
 
 
 def test_retain_graph_and_accumulation(x):
@@ -746,7 +793,7 @@ def test_retain_graph_and_accumulation(x):
 
 
 def test_autocast_and_grad_scaler(x):
-    """bf16 autocast on the CPU: errors against fp64 no worse than twice PyTorch's, the same dtypes, master weights fp32."""
+    """bf16 autocast on the CPU: errors against fp64 at most twice PyTorch's, the same dtypes, fp32 master weights."""
     exact = tiny()
     found = []
     for model in pair(dtype=torch.float32):
@@ -812,16 +859,15 @@ def test_tensor_subclass_of_a_parameter(which, train, x):
 def test_fake_tensors(x):
     with FakeTensorMode():
         for train in (True, False):
-            plain = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5).double().train(train)
-            fused = fuse(copy.deepcopy(plain))
-            y = torch.empty(2, 3, 32, 32, dtype=torch.float64)
+            plain = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5).train(train)
+            fused = fuse(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)).train(train)
+            y = torch.empty(2, 3, 32, 32)
             out, expected = fused(y), plain(y)
             assert (out.shape, out.dtype, out.stride()) == (expected.shape, expected.dtype, expected.stride())
             out.sum().backward()
             assert all(p.grad.shape == p.shape for p in fused.parameters())
             with torch.no_grad():
-                assert fused(y).shape == (2, 5)
-                assert set(paths_of(fused, y)) == {"train" if train else "infer"}
+                assert fused(y).shape == (2, plain.fc.out_features)
     fused, plain = (m.eval() for m in pair())
     with torch.no_grad():
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -921,7 +967,7 @@ def test_rewritten_weights(name, first, x):
 
 
 def test_fused_conv_bn_of_torch(x):
-    """Folding done beforehand by torch.fx and torchvision's tools: a convolution with a bias, an Identity for a norm."""
+    """Folding done beforehand by torch's own tool: a convolution with a bias, an Identity for a norm."""
     fused, plain = (m.eval() for m in pair())
     for model in (fused, plain):
         block = model.layer1[1]
@@ -952,7 +998,13 @@ def test_errors_are_torchs(x):
         assert messages[0] == messages[1]
     block, plain_block = fused.layer1[1], plain.layer1[1]
     before = {name: b.clone() for name, b in block.named_buffers()}
-    for y in (randn(1, 16, 1, 1), randn(2, 15, 4, 4), randn(2, 16, 4, 4, dtype=torch.float32), randn(16, 4, 4), randn(2, 16)):
+    for y in (
+        randn(1, 16, 1, 1),
+        randn(2, 15, 4, 4),
+        randn(2, 16, 4, 4, dtype=torch.float32),
+        randn(16, 4, 4),
+        randn(2, 16),
+    ):
         messages = []
         for model in (block, plain_block):
             with pytest.raises((RuntimeError, ValueError)) as caught:

@@ -354,6 +354,45 @@ def test_conv_backends_on_drawn_shapes(direction, case, dtype, layout, seed):
         compare(name, args, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("case", CONVS, ids=lambda case: case.id)
+def test_a_bound_convolution_is_infer(case, dtype):
+    """Bound to one input and called with others; the residual is written to only where that was allowed."""
+    m, conv = Maker(dtype), Conv(*case.geometry)
+    op = ops.conv(case.kernel)
+    for overwrite in (False, True):
+        for args in samples(f"conv{case.kernel}x{case.kernel}_infer", m, case):
+            x, w, bias, residual, *_, relu = args
+            bound = op.bind(x, w, bias, conv, residual=residual, relu=relu, overwrite_residual=overwrite)
+            for _ in range(2):
+                x = m.activation(*x.shape)
+                residual = None if residual is None else m.activation(*residual.shape)
+                expected = exact(f"conv{case.kernel}x{case.kernel}_infer", (x, w, bias, residual, *args[4:]))[0]
+                kept = None if residual is None or overwrite else residual.clone()
+                out = bound(x, residual)
+                assert_close(out, expected, TOLERANCE[dtype])
+                assert is_channels_last(out)
+                assert out.dtype == dtype
+                assert kept is None or torch.equal(residual, kept)
+
+
+@every_op
+def test_a_consuming_call_gives_the_same(name):
+    """It may write over its first argument alone."""
+    for dtype in DTYPES:
+        for args in samples(name, Maker(dtype)):
+            for backend in runnable(name, args):
+                expected = flatten(run(backend, name, args))
+                own = args[0].clone(), *args[1:]
+                before = [a.clone() if isinstance(a, Tensor) else a for a in own]
+                with backends.use_backend(backend):
+                    found = flatten(registered[name].consume(*own))
+                for a, e in zip(found, expected, strict=True):
+                    assert_close(a, e, TOLERANCE[dtype], backend)
+                kept = zip(own[1:], before[1:], strict=True)
+                assert all(torch.equal(a, b) for a, b in kept if isinstance(a, Tensor)), backend
+
+
 @pytest.mark.parametrize("weights", ["contiguous", "channels_last", "sliced"])
 def test_conv_backends_with_weights_of_any_strides(weights):
     case = CONVS[8]

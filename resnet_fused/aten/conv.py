@@ -1,7 +1,8 @@
-"""``conv1x1`` and ``conv3x3`` through cuDNN and oneDNN."""
+"""``conv1x1`` and ``conv3x3`` through cuDNN and oneDNN, and through matrix products for small images on the CPU."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,17 +12,43 @@ from torch.nn import functional as F
 from resnet_fused import backends
 from resnet_fused.aten.batch_norm import statistics as tile_statistics
 from resnet_fused.aten.pointwise import activation, masked, output_gradient, sums
-from resnet_fused.reference import channels_last, no_statistics, weight_format
+from resnet_fused.reference import channels_last, compute_dtype, no_statistics, weight_format
 
 
 def _padding(weight: Tensor, dilation: int) -> list[int]:
     return [dilation * (weight.shape[-1] - 1) // 2] * 2
 
 
+# Pixels of an output image up to which the CPU's matrix product beats oneDNN's 1x1 convolution, forward and backward
+# (docs/perf-notes.md): the last two stages of an ImageNet ResNet.
+_PRODUCT_PIXELS = 14 * 14
+
+
+def _is_product(x: Tensor, weight: Tensor, stride: int) -> bool:
+    """Whether a plain matrix product does the convolution."""
+    small = x.shape[2] * x.shape[3] <= _PRODUCT_PIXELS * stride * stride
+    return small and x.is_cpu and weight.shape[-1] == 1 and x.dtype == torch.float32
+
+
+def _rows(t: Tensor) -> Tensor:
+    """A channels_last (N, C, H, W) tensor as its (N * H * W, C) matrix."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _image(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`_rows`, with the images and sizes of ``like``."""
+    return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
+
+
 def fprop(x, scale, shift, weight, stride, dilation, groups, statistics):
     """The input materialised, the convolution, one statistics pass."""
     act = activation(x, scale, shift)
-    y = channels_last(F.conv2d(act, weight, None, stride, _padding(weight, dilation), dilation, groups))
+    if _is_product(act, weight, stride):
+        act = act[:, :, ::stride, ::stride]
+        y = _image(_rows(act) @ weight.flatten(1).t(), act)
+    else:
+        y = F.conv2d(act, weight, None, stride, _padding(weight, dilation), dilation, groups)
+    y = channels_last(y)
     return (y, *(tile_statistics(y) if statistics else no_statistics(y)))
 
 
@@ -98,24 +125,24 @@ def bind_infer(
 
 
 def _backward(dy, act, weight, stride, dilation, groups, mask):
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy,
-        act,
-        weight,
-        None,
-        [stride] * 2,
-        _padding(weight, dilation),
-        [dilation] * 2,
-        False,
-        [0, 0],
-        groups,
-        [*mask, False],
-    )
-    return dx, dw
+    if _is_product(act, weight, stride):
+        rows, taken = _rows(dy), act[:, :, ::stride, ::stride]
+        dw = (rows.t() @ _rows(taken)).view_as(weight) if mask[1] else None
+        if not mask[0]:
+            return None, dw
+        dx = _image(rows @ weight.flatten(1), dy)
+        if stride > 1:
+            full = torch.zeros_like(act)
+            full[:, :, ::stride, ::stride] = dx
+            dx = full
+        return dx, dw
+    padding, no = _padding(weight, dilation), [0, 0]
+    geometry = ([stride] * 2, padding, [dilation] * 2, False, no, groups, [*mask, False])
+    return torch.ops.aten.convolution_backward(dy, act, weight, None, *geometry)[:2]
 
 
 def _through_input(dx, act, x, scale, mean, rstd, skip, skip_sign):
-    none = dx.new_empty((0,), dtype=torch.float64 if dx.dtype == torch.float64 else torch.float32)
+    none = dx.new_empty((0,), dtype=compute_dtype(dx.dtype))
     dx = channels_last(dx)
     if scale is None:
         return (dx if skip is None else dx.add_(masked(skip, skip_sign))), none, none.clone()
@@ -140,9 +167,30 @@ def wgrad(dz, sign, y, a, b, c, weight, x, scale, shift, stride, dilation, group
     return weight_format(dw.to(dtype), weight)
 
 
-def bprop(dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups, dtype):
+def bprop(
+    dz,
+    sign,
+    y,
+    a,
+    b,
+    c,
+    weight,
+    x,
+    scale,
+    shift,
+    mean,
+    rstd,
+    skip,
+    skip_sign,
+    stride,
+    dilation,
+    groups,
+    dtype,
+    *,
+    consume: bool = False,
+):
     """Both gradients from one materialised ``dy`` and one materialised input."""
-    dy = output_gradient(dz, sign, y, a, b, c, weight.dtype)
+    dy = output_gradient(dz, sign, y, a, b, c, weight.dtype, consume=consume)
     act = activation(x, scale, shift)
     dx, dw = _backward(dy, act, weight, stride, dilation, groups, [True, True])
     return (*_through_input(dx, act, x, scale, mean, rstd, skip, skip_sign), weight_format(dw.to(dtype), weight))
@@ -150,5 +198,6 @@ def bprop(dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_
 
 for _stem in ("conv1x1", "conv3x3"):
     backends.register(f"{_stem}_infer", "aten", infer, bind=bind_infer)
-    for _direction in (fprop, dgrad, wgrad, bprop):
+    backends.register(f"{_stem}_bprop", "aten", bprop, consume=functools.partial(bprop, consume=True))
+    for _direction in (fprop, dgrad, wgrad):
         backends.register(f"{_stem}_{_direction.__name__}", "aten", _direction)

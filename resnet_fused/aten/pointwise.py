@@ -10,18 +10,18 @@ from resnet_fused.reference import bn_sums, channels_last, compute_dtype, per_ch
 
 
 def affine(y: Tensor, scale: Tensor, shift: Tensor, *, other: Tensor | None = None, relu: bool) -> Tensor:
-    """``relu(y * scale + shift + other)`` per channel, rounded to ``y``'s dtype (with ``other``: the promoted one)."""
+    """``relu(y * scale + shift + other)`` per channel, rounded to ``y``'s dtype."""
     if y.dtype != scale.dtype:  # 16 bits: one pass with fp32 arithmetic
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)
         out = F.batch_norm(y, zero, one, scale, shift, False, 0.0, 0.0)
         if other is not None:
-            out = out + other
+            out.add_(other)
     elif other is not None and other.dtype == y.dtype:
         out = torch.addcmul(other, y, per_channel(scale)).add_(per_channel(shift))
     else:
         out = torch.addcmul(per_channel(shift), y, per_channel(scale))
         if other is not None:
-            out = out + other
+            out.add_(other)
     return channels_last(out.relu_() if relu else out)
 
 
@@ -64,8 +64,10 @@ def masked(dz: Tensor, sign: Tensor | None) -> Tensor:
     return torch.where(bits.bool(), dz, 0)
 
 
-def output_gradient(dz, sign, y, a, b, c, dtype: torch.dtype) -> Tensor:
-    """``dy = a * dz' + b * y + c`` in ``dtype``."""
+def output_gradient(dz, sign, y, a, b, c, dtype: torch.dtype, *, consume: bool = False) -> Tensor:
+    """``dy = a * dz' + b * y + c`` in ``dtype``; with ``consume`` it may be written over ``dz``."""
+    if consume and sign is None and b is not None and dz.dtype == y.dtype == a.dtype == dtype:
+        return torch.addcmul(per_channel(c), dz, per_channel(a), out=dz).addcmul_(y, per_channel(b))
     dz = masked(dz, sign)
     if a is None:
         return dz.to(dtype)

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fused import backends, reference
+from resnet_fused import backends
+from resnet_fused.aten.batch_norm import coefficients
 from resnet_fused.aten.conv import bind_bias, conv_bias
-from resnet_fused.aten.pointwise import activation, output_gradient, sums
+from resnet_fused.aten.pointwise import affine, output_gradient, sums
 from resnet_fused.reference import POOL, channels_last
 
 
 def forward(y, scale, shift) -> Tensor:
-    """The activation, then the pool."""
-    return channels_last(F.max_pool2d(activation(y, scale, shift), 3, 2, 1))
+    """The norm, the pool, and the ReLU on the quarter that is left: it commutes with the maximum."""
+    return channels_last(F.max_pool2d(affine(y, scale, shift, relu=False), 3, 2, 1).relu_())
 
 
 def infer(x, weight, bias, stride, padding) -> Tensor:
@@ -31,9 +32,9 @@ def bind_infer(x, weight, bias, stride, padding) -> Callable[[Tensor], Tensor] |
 
 
 def _gradient(dout, y, scale, shift) -> Tensor:
-    z = activation(y, scale, shift)
+    z = affine(y, scale, shift, relu=False)
     pooled, index = torch.ops.aten.max_pool2d_with_indices(z, *POOL)
-    # A window whose greatest value is 0 passes nothing on, so the ReLU's mask is applied to the pooled gradient.
+    # The ReLU's mask on the pooled gradient: where the greatest value of a window is not above 0, nothing passes.
     dout = torch.ops.aten.threshold_backward(channels_last(dout), pooled, 0)
     return channels_last(torch.ops.aten.max_pool2d_with_indices_backward(dout, z, *POOL, index))
 
@@ -52,9 +53,7 @@ def backward(dout, y, scale, shift, mean, rstd, weight, count) -> tuple[Tensor, 
     """The winners found again once."""
     dz = _gradient(dout, y, scale, shift)
     dbeta, dgamma = sums(dz, y, mean, rstd)
-    a, b, c = (
-        (scale, None, None) if count is None else reference.bn_coefficients(dbeta, dgamma, weight, mean, rstd, count)
-    )
+    a, b, c = (scale, None, None) if count is None else coefficients(dbeta, dgamma, weight, mean, rstd, count)
     return output_gradient(dz, None, y, a, b, c, y.dtype), dbeta, dgamma
 
 

@@ -115,13 +115,17 @@ def conv_backward(
     need_dx: bool,
     need_dw: bool,
     skip: Gradient | None = None,
+    consume: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``(dx, dbeta, dgamma, dw)`` of one convolution, whichever are wanted; ``weight`` is the parameter itself."""
+    """``(dx, dbeta, dgamma, dw)`` of one convolution, whichever are wanted; ``weight`` is the parameter itself.
+
+    With ``consume`` the tensor ``grad.dz`` may be written over.
+    """
     op = ops.conv(layer.kernel)
     dtype = (x if isinstance(x, Tensor) else x.y).dtype
     operand = weight.to(dtype)
     if need_dx and need_dw:
-        return op.bprop(grad, operand, x, norm, layer.conv, dtype=weight.dtype, skip=skip)
+        return op.bprop(grad, operand, x, norm, layer.conv, dtype=weight.dtype, skip=skip, consume=consume)
     if need_dx:
         return (*op.dgrad(grad, operand, x, norm, layer.conv, skip=skip), None)
     if need_dw:

@@ -139,7 +139,7 @@ def _backward(spec, needs, dout, x, shortcut, sign, ys, results, parameters) -> 
         other = (ys[last + 1], results[last + 1].norm) if both else ()
         dbeta, dgamma, projection_dgamma = ops.bn_add_relu.reduce(grad, ys[last], results[last].norm, *other)
 
-    def layer_backward(i, grad_z, sums, source, source_norm, need_dx, skip=None):
+    def layer_backward(i, grad_z, sums, source, source_norm, need_dx, skip=None, consume=False):
         """One layer: parameter gradients, and the gradient (with the sums) that goes further down."""
         weight, norm_parameters = parameters[i]
         dw = dx = sums_below = None
@@ -147,7 +147,15 @@ def _backward(spec, needs, dout, x, shortcut, sign, ys, results, parameters) -> 
             layer = spec.layers[i]
             dy = output_gradient(layer.norm, norm_parameters.weight, results[i], ys[i], grad_z, *sums)
             dx, *sums_below, dw = conv_backward(
-                layer, dy, weight, source, source_norm, need_dx=need_dx, need_dw=need[i][0], skip=skip
+                layer,
+                dy,
+                weight,
+                source,
+                source_norm,
+                need_dx=need_dx,
+                need_dw=need[i][0],
+                skip=skip,
+                consume=consume,
             )
         gradients[i] = (
             like(dw, weight, need[i][0]),
@@ -173,19 +181,20 @@ def _backward(spec, needs, dout, x, shortcut, sign, ys, results, parameters) -> 
     sums = (dbeta, dgamma)
     dz: Gradient | None = grad
     dx = None
+    consume = projected and grad.dz is not dout  # ours, and not read again as the skip gradient
     for i in range(last, -1, -1):
         below = need_x or any(any(n) for n in need[:i])
         if i == 0:
-            dx, _ = layer_backward(0, dz, sums, x, None, need_x, skip if need_x else None)
+            dx, _ = layer_backward(0, dz, sums, x, None, need_x, skip if need_x else None, consume)
             break
         previous = results[i - 1].norm
         source = Deferred(ys[i - 1], previous.scale, previous.shift)
         source_norm = previous if below and wants_sums(i - 1, need_x or any(any(n) for n in need[: i - 1])) else None
-        dx, sums = layer_backward(i, dz, sums, source, source_norm, below)
+        dx, sums = layer_backward(i, dz, sums, source, source_norm, below, consume=consume)
         if not below:
             dx = None
             break
-        dz = Gradient(dx)
+        dz, consume = Gradient(dx), True
         sums = sums if source_norm is not None else (None, None)
     return (None, dx if need_x else None, dshortcut, *(g for layer in gradients for g in layer))
 

@@ -62,7 +62,8 @@ _KINDS = 4  # kinds of input kept per module
 
 
 class _Kept(NamedTuple):
-    tensors: list[Tensor]  # held, so that none of their identities can be taken over by another tensor
+    tensors: list[Tensor]  # these and their storages are held, so that neither identity nor address
+    storages: list[torch.UntypedStorage]  # can be taken over by another one
     marks: list[Any]
     made: dict[Hashable, Any]  # by kind of input
 
@@ -108,7 +109,7 @@ def keep(owner: nn.Module, modules: Sequence[nn.Module], kind: Hashable, made: C
         return
     kept, marks = _kept.get(owner), _marks(modules, tensors)
     if kept is None or kept.marks != marks:
-        kept = _kept[owner] = _Kept(tensors, marks, {})
+        kept = _kept[owner] = _Kept(tensors, [t.untyped_storage() for t in tensors], marks, {})
     for oldest in list(kept.made)[: len(kept.made) - _KINDS + 1]:
         kept.made.pop(oldest, None)
     kept.made[kind] = made

@@ -120,6 +120,9 @@ def signature(modules: Iterable[nn.Module]) -> list[Any]:
         marks += (module, type(module), attributes["training"], has_hooks(module))
         if "stride" in attributes:
             marks += map(attributes.get, _GEOMETRY)
+            marks.append(attributes["_parameters"].get("bias") is None)
+        elif "drop_prob" in attributes:
+            marks.append(attributes["drop_prob"])
     return marks
 
 

@@ -136,7 +136,6 @@ def _reread(block: Any) -> Structure | Reason:
     kept = _read.get(block)
     if kept is None or kept[0] != signature:
         kept = _read[block] = (signature, read(block))
-        inference.forget(block)  # programs are bound to the geometry of the convolutions
     return kept[1]
 
 

@@ -7,7 +7,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from resnet_fused.cli.output import Output, UsageError, integer, seconds, table
 
 SUMMARY = "times and peak memory beside eager PyTorch and torch.compile"
 DESCRIPTION = """\
-Time a model with fused blocks beside eager PyTorch and torch.compile. Every round calls each of them once, in rotating order;
-medians, quartiles (IQR) and speed-ups (the median of the rounds' ratios) are over the rounds. Every result is verified before
-it is timed; compiling and warming up are not timed. infer: forward in eval mode without gradient, the model in DTYPE. train:
-forward, cross-entropy and backward without an optimiser step; bf16 and fp16 by autocast with fp32 parameters.
-channels_last, compile and fused get parameters and images in channels_last, eager in NCHW.
+Time a model with fused blocks beside eager PyTorch and torch.compile. Every round calls each of them once, in
+rotating order; medians, quartiles (IQR) and speed-ups (the median of the rounds' ratios) are over the rounds. Every
+result is verified before it is timed; compiling and warming up are not timed. infer: forward in eval mode without
+gradient, the model in DTYPE. train: forward, cross-entropy and backward without an optimiser step; bf16 and fp16 by
+autocast with fp32 parameters. channels_last, compile and fused get parameters and images in channels_last, eager in
+NCHW.
 Exit code 1 if a fused result is wrong."""
 EXAMPLES = """\
 examples:
@@ -56,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``bench``."""
     parser.add_argument("model", metavar="MODEL", help=models.HELP)
     parser.add_argument("--batch", type=integer(2), default=4, metavar="N", help="images in a batch (default: 4)")
-    parser.add_argument("--size", type=integer(8), default=224, metavar="PIXELS", help="height and width (default: 224)")
+    parser.add_argument(
+        "--size", type=integer(8), default=224, metavar="PIXELS", help="height and width (default: 224)"
+    )
     parser.add_argument("--mode", choices=("infer", "train", "both"), default="both", help="(default: both)")
     parser.add_argument("--dtype", choices=tuple(machine.DTYPES), default="fp32", help="(default: fp32)")
     parser.add_argument(
@@ -66,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help=f"what to time beside the fused model, with commas between (default: {','.join(PEERS)})",
     )
-    parser.add_argument("--rounds", type=integer(1), default=10, metavar="N", help="rounds that are timed (default: 10)")
+    parser.add_argument(
+        "--rounds", type=integer(1), default=10, metavar="N", help="rounds that are timed (default: 10)"
+    )
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="(default: 0)")
     machine.add_device_arguments(parser)
 
@@ -90,8 +95,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     x = models.images(args.batch, args.size, args.seed).to(where)
     modes = ("infer", "train") if args.mode == "both" else (args.mode,)
     out.print(
-        f"[bold]{args.model}[/bold] from {loaded.source}, {args.dtype}, {args.batch} images of {args.size}x{args.size}, "
-        f"on {machine.sentence(where)}; {check.fused_sentence(report)}"
+        f"[bold]{args.model}[/bold] from {loaded.source}, {args.dtype}, "
+        f"{args.batch} images of {args.size}x{args.size}, on {machine.sentence(where)}; {check.fused_sentence(report)}"
     )
     results: dict[str, Any] = {}
     right = True
@@ -130,8 +135,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 _CPU_NOTE = (
-    "Times on a CPU that others share are noisy: compare within a table, not between runs. Peak memory is what one call adds, "
-    "on the CPU the growth of the resident set."
+    "Times on a CPU that others share are noisy: compare within a table, not between runs. Peak memory is what "
+    "one call adds, on the CPU the growth of the resident set."
 )
 
 
@@ -170,7 +175,8 @@ def measure(
             continue
         if not difference <= TOLERANCES[setting.dtype]:
             unavailable[name] = (
-                f"wrong result: relative difference {difference:.1e} from eager fp32, {TOLERANCES[setting.dtype]:g} allowed"
+                f"wrong result: relative difference {difference:.1e} from eager fp32, "
+                f"{TOLERANCES[setting.dtype]:g} allowed"
             )
             continue
         for _ in range(_WARMUP):
@@ -193,7 +199,7 @@ def _prepare(name: str, model: nn.Module, x: Tensor, backend: str) -> tuple[nn.M
     twin, x = twin.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     if name == "compile":
         torch.compiler.reset()
-        return torch.compile(twin), x
+        return cast(nn.Module, torch.compile(twin)), x
     return resnet_fused.fuse(twin, backend=backend) if name == _FUSED else twin, x
 
 
@@ -209,12 +215,12 @@ def step(model: nn.Module, x: Tensor, labels: Tensor, setting: Setting) -> timin
         return infer
     model.train()
     half = setting.dtype != torch.float32
-    cast = torch.autocast(setting.device.type, setting.dtype) if half else contextlib.nullcontext()
+    amp = torch.autocast(setting.device.type, setting.dtype) if half else contextlib.nullcontext()
 
     def train() -> Tensor:
         for parameter in model.parameters():
             parameter.grad = None
-        with cast:
+        with amp:
             loss = _loss(model(x), labels)
         loss.backward()
         return loss.detach()

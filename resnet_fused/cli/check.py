@@ -17,10 +17,10 @@ from resnet_fused.cli.output import Output, UsageError, integer, table
 SUMMARY = "errors of outputs and gradients against fp64, beside PyTorch's own"
 DESCRIPTION = """\
 Compare a model's fused blocks with fp64, tensor by tensor, beside PyTorch's own error in the same dtype.
-Exit code 0 if the fused error of every tensor is at most twice PyTorch's plus a floor (1e-6 in fp32, 1e-3 in fp16, 8e-3 in
-bf16), 1 if not. PyTorch's error is the larger one of its two memory formats. The error of a tensor is
-norm(value - truth) / norm(truth). A tensor beyond its bound is tried again with other images, since a single ReLU input
-within rounding error of 0 can outweigh all rounding; it fails if it is beyond the bound in every draw.
+Exit code 0 if the fused error of every tensor is at most twice PyTorch's plus a floor (1e-6 in fp32, 1e-3 in fp16,
+8e-3 in bf16), 1 if not. PyTorch's error is the larger one of its two memory formats. The error of a tensor is
+norm(value - truth) / norm(truth). A tensor beyond its bound is tried again with other images, since a single ReLU
+input within rounding error of 0 can outweigh all rounding; it fails if it is beyond the bound in every draw.
 Models of torchvision and timm get seeded random parameters and norms; one's own keeps its values."""
 EXAMPLES = """\
 examples:
@@ -120,16 +120,21 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.dtype == "fp32":
         out.print(FLIPS)
     worst = sorted(rows, key=lambda row: row.share, reverse=True)[:5]
-    out.print(table("Nearest to the bound", ("mode", "kind", "tensor", *_COLUMNS), [_cells(row) for row in worst], left=3))
+    out.print(
+        table("Nearest to the bound", ("mode", "kind", "tensor", *_COLUMNS), [_cells(row) for row in worst], left=3)
+    )
     again = [row for row in rows if row.draws > 1 and not row.failed]
     if again:
         most = max(row.draws for row in again)
         out.print(
-            f"{len(again)} tensors were beyond the bound for the first images and within it for others ({most} draws at "
-            "most): a ReLU input within rounding error of 0, not a fault. The tables show the images that decided."
+            f"{len(again)} tensors were beyond the bound for the first images and within it for others ({most} "
+            "draws at most): a ReLU input within rounding error of 0, not a fault. The tables show the images that "
+            "decided."
         )
     if failed:
-        out.print(f"[red]FAILED[/red]: {len(failed)} of {len(rows)} tensors beyond {bound(floor)} in {args.draws} draws:")
+        out.print(
+            f"[red]FAILED[/red]: {len(failed)} of {len(rows)} tensors beyond {bound(floor)} in {args.draws} draws:"
+        )
         for row in failed[:20]:
             out.print(f"  {row.mode}: {row.kind} {row.name}: {row.fused:.2e}, eager {row.eager:.2e}")
         return 1
@@ -174,8 +179,8 @@ def fused_sentence(report: resnet_fused.Report) -> str:
 
 
 FLIPS = (
-    "Errors of 1e-4 and more in fp32 come from single ReLU inputs within rounding error of 0, where the gradient jumps: they hit "
-    "eager and fused models alike, at random."
+    "Errors of 1e-4 and more in fp32 come from single ReLU inputs within rounding error of 0, where the gradient "
+    "jumps: they hit eager and fused models alike, at random."
 )
 
 

@@ -1,17 +1,20 @@
 """Errors of the fused and of the eager model against fp64, tensor by tensor.
 
-**Error.** ``norm(value - truth) / norm(truth)`` over a whole tensor, in fp64. The truth is the eager model in fp64 with the
-same (already rounded) parameters and input. A tensor that exact arithmetic makes zero, such as the gradient of a bias in front
-of a batch norm, has no relative error: its difference is measured against the typical size of the model's gradients.
+**Error.** ``norm(value - truth) / norm(truth)`` over a whole tensor, in fp64. The truth is the eager model in fp64
+with the same (already rounded) parameters and input. A tensor that exact arithmetic makes zero, such as the gradient
+of a bias in front of a batch norm, has no relative error: its difference is measured against the typical size of the
+model's gradients.
 
-**Bound.** The fused error is at most ``2 * eager + floor``. Eager is PyTorch's own error in the same dtype, the larger one of
-its two memory formats: its kernels differ between NCHW and channels_last, and both are PyTorch. The floor is about eight
-roundings in fp32 (1e-6) and one in fp16 and bf16 (1e-3, 8e-3): below that, a ratio of errors is one of chance.
+**Bound.** The fused error is at most ``2 * eager + floor``. Eager is PyTorch's own error in the same dtype, the
+larger one of its two memory formats: its kernels differ between NCHW and channels_last, and both are PyTorch. The
+floor is about eight roundings in fp32 (1e-6) and one in fp16 and bf16 (1e-3, 8e-3): below that, a ratio of errors is
+one of chance.
 
-**Draws.** The gradient of a ReLU jumps at 0. A value within rounding error of 0 can fall on either side, in one run and not in
-the other, and that one element then outweighs all rounding: a relative error of 1e-3 where its neighbours have 1e-6. That is
-chance, in the eager model as in the fused one; a fault is there for every input. So a tensor beyond its bound is tried again
-with other images, up to ``draws`` times, and fails if it is beyond the bound every time.
+**Draws.** The gradient of a ReLU jumps at 0. A value within rounding error of 0 can fall on either side, in one run
+and not in the other, and that one element then outweighs all rounding: a relative error of 1e-3 where its neighbours
+have 1e-6. That is chance, in the eager model as in the fused one; a fault is there for every input. So a tensor
+beyond its bound is tried again with other images, up to ``draws`` times, and fails if it is beyond the bound every
+time.
 """
 
 from __future__ import annotations
@@ -204,7 +207,7 @@ def compare(
             truth = evaluate(copy.deepcopy(rounded).double(), x.double(), mode, seed + draw)
         return rows(truth, nchw, channels_last, fused, mode, FLOORS[dtype])
 
-    found = []
+    found: list[Row] = []
     for mode in modes:
         current = {(row.kind, row.name): row for row in one(mode, 0)}
         for draw in range(1, draws):
@@ -246,7 +249,11 @@ def summaries(found: list[Row]) -> list[Summary]:
     result = []
     for mode in dict.fromkeys(row.mode for row in found):
         for kind in KINDS:
-            some = [row for row in found if row.mode == mode and row.kind == kind and row.name.rpartition(".")[2] != _COUNTER]
+            some = [
+                row
+                for row in found
+                if row.mode == mode and row.kind == kind and row.name.rpartition(".")[2] != _COUNTER
+            ]
             if some:
                 medians = [_median([getattr(row, name) for row in some]) for name in _MEDIANS]
                 worst = [max(getattr(row, name) for row in some) for name in ("fused", "eager", "share")]

@@ -19,11 +19,11 @@ from resnet_fused.cli.output import Output, UsageError, require, seconds, table
 
 SUMMARY = "photographs, errors, speed and a training run, in about two minutes"
 DESCRIPTION = f"""\
-Fuse torchvision's resnet50 and show what was swapped; classify two photographs fused and unfused; measure errors against fp64
-and times beside eager PyTorch; train a small network on scikit-learn's digits fused and unfused from one seed, with the loss
-curves in a PNG. Runs on the CPU without a GPU, and downloads nothing: pretrained weights are used if torch's hub cache holds
-them. Exit code 1 if a block is not fused, an answer differs, an error is beyond its bound (see `check --help`), or a training
-run ends below {digits.ACCURACY:.0%} on the test images."""
+Fuse torchvision's resnet50 and show what was swapped; classify two photographs fused and unfused; measure errors
+against fp64 and times beside eager PyTorch; train a small network on scikit-learn's digits fused and unfused from one
+seed, with the loss curves in a PNG. Runs on the CPU without a GPU, and downloads nothing: pretrained weights are used
+if torch's hub cache holds them. Exit code 1 if a block is not fused, an answer differs, an error is beyond its bound
+(see `check --help`), or a training run ends below {digits.ACCURACY:.0%} on the test images."""
 EXAMPLES = """\
 examples:
   %(prog)s
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="smaller images, fewer rounds and two epochs: the same checks but for the accuracy that training must reach",
+        help="smaller images, fewer rounds and two epochs: the same checks but for the accuracy to be reached",
     )
 
 
@@ -59,7 +59,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"argument --out: expected a folder that can be written, got {args.out} ({error.strerror})") from error
+        raise UsageError(
+            f"argument --out: expected a folder that can be written, got {args.out} ({error.strerror})"
+        ) from error
     begin = time.perf_counter()
     where = torch.device("cpu")
     document: dict[str, Any] = {"machine": machine.describe(where), "quick": args.quick}
@@ -103,7 +105,7 @@ def _network(args: argparse.Namespace, out: Output, document: dict[str, Any]) ->
             modes=("train", "eval"),
             dtype=torch.float32,
             seed=_SEED,
-            draws=3,
+            draws=5,
             advance=lambda text: advance(f"errors, {text}"),
         )
         out.heading(f"How exact: both photographs and their mirror images at {size}x{size}, fp32, against fp64")
@@ -194,7 +196,8 @@ def _show_times(
             calls[name]()
         times = timing.interleave(calls, rounds[key], setting.device, advance, f"speed, {label}: round")
         document["times"][f"{label} of {x.shape[-1]}x{x.shape[-1]}"] = {
-            name: {**found.to_dict(), "speedup_of_fused": times["fused"].speedup(found)} for name, found in times.items()
+            name: {**found.to_dict(), "speedup_of_fused": times["fused"].speedup(found)}
+            for name, found in times.items()
         }
         for name, found in times.items():
             rows.append(
@@ -208,8 +211,9 @@ def _show_times(
             )
     out.print(table(None, ("what", "how", "median ms", "IQR ms", "fused is faster"), rows, left=2))
     out.print(
-        f"fp32, {torch.get_num_threads()} threads of {machine.cpu_name()}; rounds interleaved, a training step is forward, loss "
-        "and backward. Times on a shared CPU are noisy: the ratios, medians over the rounds, mean more than the milliseconds."
+        f"fp32, {torch.get_num_threads()} threads of {machine.cpu_name()}; rounds interleaved, a training step is "
+        "forward, loss and backward. Times on a shared CPU are noisy: the ratios, medians over the rounds, mean more "
+        "than the milliseconds."
     )
 
 
@@ -230,14 +234,15 @@ def _training(args: argparse.Namespace, out: Output, document: dict[str, Any]) -
     }
     out.heading(f"Training: ResNet-{digits.DEPTH} on scikit-learn's 8x8 digits, {epochs} epochs, one seed")
     rows = [
-        (name, f"{curve.losses[0]:.6f}", f"{curve.losses[-1]:.6f}", f"{curve.accuracy:.2%}") for name, curve in curves.items()
+        (name, f"{curve.losses[0]:.6f}", f"{curve.losses[-1]:.6f}", f"{curve.accuracy:.2%}")
+        for name, curve in curves.items()
     ]
     out.print(table(None, ("run", "first loss", "last loss", "test accuracy"), rows))
     pairs = zip(curves["fused"].losses, curves["unfused"].losses, strict=True)
     differences = [abs(a - b) for a, b in pairs]
     out.print(
-        f"Loss difference: {differences[0]:.0e} in step 1, {differences[min(20, len(differences)) - 1]:.0e} in step 20; rounding "
-        f"then parts the two runs, as it parts any two.\nLoss curves: {path} ({time.perf_counter() - begin:.0f} s)"
+        f"Loss difference: {differences[0]:.0e} in step 1, {differences[19]:.0e} in step 20; rounding then parts the "
+        f"two runs, as it parts any two.\nLoss curves: {path} ({time.perf_counter() - begin:.0f} s)"
     )
     if args.quick:
         return True

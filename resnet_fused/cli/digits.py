@@ -1,12 +1,13 @@
 """A small residual network trained on real images twice from one seed, fused and unfused: the demo's last part.
 
-The data are the 1,797 scanned digits of 8x8 pixels that scikit-learn ships (UCI optical recognition of handwritten digits):
-1,347 to train on, 450 to test on.
+The data are the 1,797 scanned digits of 8x8 pixels that scikit-learn ships (UCI optical recognition of handwritten
+digits): 1,347 to train on, 450 to test on.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def both(epochs: int, advance: Callable[[str], None]) -> dict[str, Curve]:
     torch.set_num_threads(1)
     try:
         return {
-            name: train(model, data, epochs, lambda name=name: advance(f"digits: training {name}"))
+            name: train(model, data, epochs, functools.partial(advance, f"digits: training {name}"))
             for name, model in (("fused", fused), ("unfused", unfused))
         }
     finally:

@@ -17,7 +17,9 @@ from resnet_fused.cli.output import Output, table
 from resnet_fused.report import preferred
 
 SUMMARY = "versions, GPU, state of the extension, backend of each operation"
-DESCRIPTION = "Show what is installed, which GPU is seen, whether the extension is built, and which backend runs each operation."
+DESCRIPTION = (
+    "Show what is installed, which GPU is seen, whether the extension is built, and which backend runs each operation."
+)
 EXAMPLES = """\
 examples:
   %(prog)s                     for people
@@ -36,7 +38,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     found = collect()
     out.emit(found)
     versions = found["versions"]
-    out.print(table("Versions", ("package", "version"), [(k, v or "not installed") for k, v in versions.items()], left=2))
+    out.print(
+        table("Versions", ("package", "version"), [(k, v or "not installed") for k, v in versions.items()], left=2)
+    )
     out.print(_machine_table(found))
     out.print(_extension_table(found["extension"]))
     out.print(_backend_table(found["backends"]))
@@ -142,7 +146,10 @@ def _machine_table(found: dict[str, Any]) -> Any:
 
 def _extension_table(known: dict[str, Any]) -> Any:
     build = known["build"]
-    rows = [("state", f"loaded from {known['file']}" if known["loaded"] else "not loaded"), ("build", str(build["outcome"]))]
+    rows = [
+        ("state", f"loaded from {known['file']}" if known["loaded"] else "not loaded"),
+        ("build", str(build["outcome"])),
+    ]
     if known["reason"]:
         rows.append(("why", known["reason"]))
     for key in ("archs", "nvcc", "toolkit", "compiler", "cmake", "pybind11", "flags", "notes"):
@@ -166,4 +173,6 @@ def _backend_table(found: dict[str, dict[str, dict[str, str | None]]]) -> Any:
         return f"[dim]{entry['reason']}[/dim]"
 
     rows = [(op, *(cell(entries[name]) for name in config.BACKENDS)) for op, entries in found.items()]
-    return table("Backends, in order of preference", ("operation", *config.BACKENDS), rows, left=1 + len(config.BACKENDS))
+    return table(
+        "Backends, in order of preference", ("operation", *config.BACKENDS), rows, left=1 + len(config.BACKENDS)
+    )

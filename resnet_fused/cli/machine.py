@@ -40,7 +40,9 @@ def device(name: str) -> torch.device:
         raise UsageError(f"argument --device: expected cpu, cuda or cuda:N, got {name!r}")
     if found.type == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError(f"argument --device: expected a GPU that torch can use for {name!r}, got none; use --device cpu")
+            raise UsageError(
+                f"argument --device: expected a GPU that torch can use for {name!r}, got none; use --device cpu"
+            )
         if (found.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"argument --device: expected an index below {torch.cuda.device_count()}, got {name!r}")
     return found

@@ -19,7 +19,9 @@ class Photo(NamedTuple):
     """One photograph as the network takes it."""
 
     name: str
-    views: Tensor  # (4, 3, 224, 224) fp32: the whole, mirrored, its left and its right half; torchvision's preprocessing
+    views: (
+        Tensor  # (4, 3, 224, 224) fp32: the whole, mirrored, its left and its right half; torchvision's preprocessing
+    )
 
 
 class Network(NamedTuple):
@@ -82,8 +84,8 @@ def network(photos: list[Photo], seed: int) -> Network:
     model = resnet50(weights=None)
     models.seeded(model, torch.cat([photo.views for photo in photos]), seed)
     origin = (
-        f"no pretrained weights in {folder}, so a random initialisation with seed {seed}, its norms calibrated on these "
-        "photographs: the classes below mean nothing, only that both networks agree does"
+        f"no pretrained weights in {folder}, so a random initialisation with seed {seed}, its norms calibrated on "
+        "these photographs: the classes below mean nothing, only that both networks agree does"
     )
     return Network(model.eval(), False, origin, categories)
 

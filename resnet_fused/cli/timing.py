@@ -1,7 +1,7 @@
 """Interleaved timing and peak memory.
 
-In every round each peer is called once, in an order that rotates, so that a slow moment of a shared machine falls on all of
-them; medians and quartiles are over the rounds, and a speed-up is the median of the rounds' own ratios.
+In every round each peer is called once, in an order that rotates, so that a slow moment of a shared machine falls on
+all of them; medians and quartiles are over the rounds, and a speed-up is the median of the rounds' own ratios.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def interleave(
 def peak_memory(call: Call, device: torch.device) -> int | None:
     """Bytes that one call needs at most on top of what is held before it; None where the system does not tell.
 
-    On a GPU that is the caching allocator's figure. On the CPU it is the growth of the resident set (Linux), which also holds
-    workspaces and whatever the C library does not give back, and is good to a few MiB.
+    On a GPU that is the caching allocator's figure. On the CPU it is the growth of the resident set (Linux), which also
+    holds workspaces and whatever the C library does not give back, and is good to a few MiB.
     """
     gc.collect()
     if device.type == "cuda":

@@ -147,9 +147,11 @@ class ConvOps:
         *,
         dtype: torch.dtype,
         skip: Gradient | None = None,
+        consume: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(dx, dbeta, dgamma, dw)``, see :meth:`dgrad` and :meth:`wgrad`."""
-        return self._bprop(*grad, weight, *_flat(x), *_statistics(norm), *_skip(skip), *conv, dtype)
+        """``(dx, dbeta, dgamma, dw)``, see :meth:`dgrad` and :meth:`wgrad`; ``consume``: ``grad.dz`` may be lost."""
+        op = self._bprop.consume if consume else self._bprop
+        return op(*grad, weight, *_flat(x), *_statistics(norm), *_skip(skip), *conv, dtype)
 
     # --- checks ------------------------------------------------------------------------------------------------------
 

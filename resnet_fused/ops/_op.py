@@ -49,6 +49,14 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args) if _watched(args[0]) else self.run(*args)
 
+    def consume(self, *args: Any) -> Any:
+        """The op on a first argument that nobody needs afterwards: a backend may write over it."""
+        if _watched(args[0]):
+            return self.overload(*args)
+        self.check(*args)
+        chosen = backends.choose(self.name, *args)
+        return (chosen.consume or chosen.run)(*args)
+
     def bind(self, *args: Any, **hints: Any) -> Callable[..., Any] | None:
         """What the backend chosen for arguments like these prepares for many calls; None if it prepares nothing."""
         if _watched(args[0]):
@@ -59,12 +67,9 @@ class Op:
 
 
 def _watched(x: Any) -> bool:
-    """Whether something must see the op itself; else a call goes straight to the backend, past the dispatcher's cost."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-    )
+    """Whether something must see the op itself; else a call goes straight to the backend, past the dispatcher."""
+    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    return bool(not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 def empty_channels_last(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
