@@ -859,6 +859,16 @@ def test_shortcut_of_identities():
     assert_same_training(fused, plain, block_input(BLOCKS[0]))
 
 
+def test_shortcut_that_broadcasts():
+    fused, plain = pair(BLOCKS[0])
+    x = block_input(BLOCKS[0])
+    for block in (fused, plain):
+        block.downsample = nn.AdaptiveAvgPool2d(1)
+    assert_same_training(fused, plain, x)
+    with torch.no_grad():
+        assert_close(fused.eval()(x), plain.eval()(x), EXACT)
+
+
 # --- synchronised batch norm ------------------------------------------------------------------------------------------
 
 SPLITS = {"even": [3, 3], "uneven": [4, 2], "single": [5, 1], "empty": [6, 0]}

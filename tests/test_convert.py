@@ -163,7 +163,7 @@ def test_detection_backbone(x):
 
 def test_detection_model_trains_and_detects():
     options = {"weights": None, "weights_backbone": None, "num_classes": 3, "min_size": 64, "max_size": 64}
-    plain = detection.fasterrcnn_resnet50_fpn(trainable_backbone_layers=3, **options)
+    plain = detection.fasterrcnn_resnet50_fpn(**options)
     fused = fuse(copy.deepcopy(plain), strict=True)
     found = report(fused)
     assert len(found.fused) == 17

@@ -23,7 +23,7 @@ from resnet_fused import fuse, models, report, unfuse
 NETWORKS = {
     "torchvision-resnet18": lambda: resnet.resnet18(num_classes=10),
     "torchvision-resnet50": lambda: resnet.resnet50(num_classes=10),
-    "torchvision-resnext50": lambda: resnet.ResNet(resnet.Bottleneck, [1, 2, 1, 1], 10, groups=32, width_per_group=4),
+    "torchvision-resnext": lambda: resnet.ResNet(resnet.Bottleneck, [1, 2, 1, 1], 10, groups=4, width_per_group=16),
     "torchvision-wide": lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], 10, width_per_group=128),
     "timm-resnet50d": lambda: timm.models.resnet.ResNet(
         timm.models.resnet.Bottleneck, (2, 1, 1, 1), 10, stem_width=32, stem_type="deep", avg_down=True
@@ -51,9 +51,12 @@ def plain_of(model: nn.Module) -> nn.Module:
 
 
 def train(model: nn.Module, steps: int, dtype: torch.dtype = torch.float64) -> list[dict[str, torch.Tensor]]:
-    """Logits, loss and gradients of every step of SGD with momentum."""
+    """Logits, loss and gradients of every step of SGD with momentum.
+
+    Random labels: at a learning rate of 2e-4 rounding already grows 25 times a step, in PyTorch's network as in ours.
+    """
     x, target = batch(model, dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=2e-4, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2e-5, momentum=0.9, weight_decay=1e-4)
     seen = []
     for i in range(steps):
         optimizer.zero_grad()

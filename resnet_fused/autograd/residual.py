@@ -39,6 +39,7 @@ class ResidualSpec(NamedTuple):
     chain: tuple[Layer, ...]
     projection: Layer | None
     dtype: torch.dtype  # of the convolutions' operands
+    differentiable: bool = True  # whether a backward may follow (grad mode at the call)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -87,7 +88,7 @@ class ResidualFunction(torch.autograd.Function):
             added: Tensor | Deferred = x if shortcut is None else shortcut
         else:
             added = source
-        needs_gradient = any(ctx.needs_input_grad)
+        needs_gradient = spec.differentiable and any(ctx.needs_input_grad)
         out, sign = ops.bn_add_relu.forward(end, added, sign=needs_gradient)
         moments: list[Any] = [t for r in results if r.counts is not None for t in (r.norm.mean, r.var)]
         ctx.mark_non_differentiable(*moments)

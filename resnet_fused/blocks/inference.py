@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from resnet_fused import ops
@@ -105,7 +106,8 @@ def keep(owner: nn.Module, modules: Sequence[nn.Module], kind: Hashable, made: C
     if torch.compiler.is_compiling():
         return
     tensors = _tensors(modules)
-    if any(t.is_inference() for t in tensors):  # these have no version, so a kept result could go stale unseen
+    # Inference tensors have no version, so a kept result could go stale unseen; fake ones belong to their mode.
+    if torch._C._len_torch_dispatch_stack() or any(t.is_inference() or isinstance(t, FakeTensor) for t in tensors):
         return
     kept, marks = _kept.get(owner), _marks(modules, tensors)
     if kept is None or kept.marks != marks:

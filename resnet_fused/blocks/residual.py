@@ -245,10 +245,23 @@ def output_shape(conv: nn.Conv2d, shape: tuple) -> tuple:
     return (shape[0], conv.out_channels, *size)
 
 
+def _shortcut(structure: Structure, x: Tensor) -> Tensor:
+    """What is added to the chain's output, or what the projection reads."""
+    if structure.before is None:
+        return x
+    shortcut = structure.before(x)
+    if structure.projection is None:  # a sum broadcasts
+        shape = tuple(x.shape)
+        for conv, _ in structure.chain:
+            shape = output_shape(conv, shape)
+        shortcut = shortcut.expand(shape)
+    return shortcut
+
+
 def _train(block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
     """The deferred algorithm with its gradients: batch statistics, frozen ones, or a mixture."""
     dtype = operand_dtype(x)
-    shortcut = x if structure.before is None else structure.before(x)
+    shortcut = _shortcut(structure, x)
     _check_batches(structure, x, shortcut)
     # The identity is the block's own input unless autocast gives the convolutions another dtype.
     outside = None if structure.before is None and (structure.projection is not None or x.dtype == dtype) else shortcut
@@ -259,6 +272,7 @@ def _train(block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
         tuple(_layer(*pair) for pair in structure.chain),
         None if structure.projection is None else _layer(*structure.projection),
         dtype,
+        torch.is_grad_enabled(),
     )
     flat = [t for conv, norm in structure.layers for t in (conv.weight, *norms.parameters(norm))]
     with no_autocast(x):
@@ -289,8 +303,8 @@ def _infer(block: Any, structure: Structure, x: Tensor) -> Tensor:
 
 def _program(block: Any, structure: Structure, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The block's inference for inputs like ``x``, every convolution bound by running it; and the output for ``x``."""
-    dtype, last, before = operand_dtype(x), structure.chain[-1], structure.before
-    shortcut = x if before is None else before(x)
+    dtype, last = operand_dtype(x), structure.chain[-1]
+    shortcut = _shortcut(structure, x)
     with no_autocast(x):
         h, residual = _operand(x, dtype), _operand(shortcut, dtype)
         projection = None
@@ -307,7 +321,7 @@ def _program(block: Any, structure: Structure, x: Tensor) -> tuple[Callable[[Ten
     plain = like_eager(out, x, structure.chain) is not out
 
     def run(x: Tensor) -> Tensor:
-        shortcut = x if before is None else before(x)
+        shortcut = _shortcut(structure, x)
         with no_autocast(x):
             h, residual = _operand(x, dtype), _operand(shortcut, dtype)
             if projection is not None:
