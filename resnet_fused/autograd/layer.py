@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -154,3 +155,26 @@ def forced_backend() -> str | None:
 def same_backend(name: str | None) -> Any:
     """The backend that forward ran under."""
     return contextlib.nullcontext() if name is None else backends.use_backend(name)
+
+
+def differentiable_backward(
+    ctx: Any, composition: Callable[..., Tensor], synchronised: bool, dout: Tensor, inputs: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again, from ``composition(ctx.spec, *inputs)`` in PyTorch's operators.
+
+    Raises:
+        NotImplementedError: a norm is synchronised across processes.
+    """
+    if synchronised:
+        raise NotImplementedError(
+            "backward: expected create_graph=False with synchronised batch norm, got create_graph=True; "
+            "run the model inside resnet_fused.disabled()"
+        )
+    needs = ctx.needs_input_grad[1:]
+    with torch.enable_grad(), no_autocast(dout):
+        # Views, so that a gradient ends at its own input where another input was computed from that one (tied weights).
+        views = [None if t is None else t.view_as(t) for t in inputs]
+        out = composition(ctx.spec, *views)
+        wanted = [t for t, need in zip(views, needs, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, allow_unused=True))
+    return (None, *(next(found) if need else None for need in needs))

@@ -18,6 +18,7 @@ from resnet_fused.autograd.layer import (
     NormParameters,
     NormResult,
     conv_backward,
+    differentiable_backward,
     forced_backend,
     like,
     no_autocast,
@@ -110,7 +111,8 @@ class ResidualFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         flat = rest[6 * count :]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(spec, ctx.needs_input_grad, dout, x, shortcut, flat)
+            synchronised = any(layer.norm.group is not None for layer in spec.layers)
+            return differentiable_backward(ctx, composition, synchronised, dout, (x, shortcut, *flat))
         ys = rest[:count]
         results = [
             NormResult(Norm(*v[:4]), v[4], None)
@@ -223,18 +225,3 @@ def composition(spec: ResidualSpec, x: Tensor, shortcut: Tensor | None, *flat: T
     source = x if shortcut is None else shortcut
     added = source if spec.projection is None else layer(last + 1, source)
     return F.relu((h + added).to(h.dtype))
-
-
-def _differentiable_backward(spec, needs, dout, x, shortcut, flat) -> tuple[Tensor | None, ...]:
-    if any(layer.norm.group is not None for layer in spec.layers):
-        raise NotImplementedError(
-            "ResidualFunction: expected a single backward through synchronised batch norm, got create_graph=True; "
-            "run the block inside resnet_fused.disabled()"
-        )
-    with torch.enable_grad(), no_autocast(dout):
-        # Views, so that a gradient ends at its own input where another input was computed from that one (tied weights).
-        inputs = tuple(None if t is None else t.view_as(t) for t in (x, shortcut, *flat))
-        out = composition(spec, *inputs)
-        wanted = [t for t, need in zip(inputs, needs[1:], strict=True) if need]
-        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, allow_unused=True))
-    return (None, *(next(found) if need else None for need in needs[1:]))

@@ -14,6 +14,7 @@ from resnet_fused.autograd.layer import (
     NormResult,
     NormSpec,
     coefficients,
+    differentiable_backward,
     forced_backend,
     like,
     no_autocast,
@@ -55,7 +56,8 @@ class StemFunction(torch.autograd.Function):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(spec, ctx.needs_input_grad, dout, y, weight, bias, mean, var)
+            inputs = (y, weight, bias, mean, var)
+            return differentiable_backward(ctx, composition, spec.group is not None, dout, inputs)
         result = NormResult(Norm(*norm), count, None)
         dout = channels_last(dout)
         with no_autocast(dout), same_backend(ctx.backend):
@@ -76,18 +78,3 @@ def composition(spec: NormSpec, y: Tensor, weight, bias, mean, var) -> Tensor:
         mean = var = None
     z = F.batch_norm(y, mean, var, weight, bias, not spec.frozen, 0.0, spec.eps)
     return F.max_pool2d(F.relu(z), 3, 2, 1)
-
-
-def _differentiable_backward(spec, needs, dout, *inputs) -> tuple[Tensor | None, ...]:
-    if spec.group is not None:
-        raise NotImplementedError(
-            "StemFunction: expected a single backward through synchronised batch norm, got create_graph=True; "
-            "run the model inside resnet_fused.disabled()"
-        )
-    with torch.enable_grad(), no_autocast(dout):
-        # Views, so that a gradient ends at its own input where another input was computed from that one.
-        inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
-        out = composition(spec, *inputs)
-        wanted = [t for t, need in zip(inputs, needs[1:], strict=True) if need]
-        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, allow_unused=True))
-    return (None, *(next(found) if need else None for need in needs[1:]))
