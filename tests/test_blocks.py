@@ -607,6 +607,21 @@ def test_inference_follows_an_optimizer_without_train(options):
         assert_close(fused(x), plain(x), EXACT)
 
 
+def test_inference_follows_statistics_that_pytorchs_batch_norm_moved():
+    fused, plain = (block.eval() for block in pair(PROJECTION))
+    x = block_input(PROJECTION)
+    with torch.no_grad():
+        fused(x)
+        for norm in (*norms_of(fused), *norms_of(plain)):
+            norm.train()
+        with resnet_fused.disabled():
+            fused(x)
+        plain(x)
+        for norm in (*norms_of(fused), *norms_of(plain)):
+            norm.eval()
+        assert_close(fused(x), plain(x), EXACT)
+
+
 def test_functional_call():
     """Other tensors in the parameters' place, in training and inference, and the module's own afterwards."""
     fused, plain = pair(PROJECTION)

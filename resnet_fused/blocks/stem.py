@@ -49,9 +49,7 @@ class FusedStem(_Module):
             if not compiling:
                 paths.take(self, paths.ORIGINAL, reason)
             return parts.pool(parts.activation(parts.norm(parts.conv(x))))
-        if compiling:
-            return _stem(self, parts, x)
-        if self._resnet_fused_backend == "auto":
+        if compiling or self._resnet_fused_backend == "auto":
             return _stem(self, parts, x)
         with use_backend(self._resnet_fused_backend):
             return _stem(self, parts, x)

@@ -42,7 +42,8 @@ PEERS = {
 _FUSED = "fused"
 _WARMUP = 2
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Greatest relative difference of output (infer) or loss (train) from eager fp32 for a result to be timed."""
+"""Greatest relative difference from eager fp32 for a result to be timed: of the output (infer), or of the loss and of
+the norm of all gradients (train)."""
 
 
 def _peers(text: str) -> tuple[str, ...]:
@@ -155,15 +156,17 @@ def measure(
         {"peers": name -> times, speed-ups, peak_memory_bytes, difference; "unavailable": name -> reason}.
     """
     labels = torch.arange(x.shape[0], device=x.device)
-    truth = _outcome(step(copy.deepcopy(model), x, labels, Setting(setting.mode, torch.float32, setting.device))())
+    twin = copy.deepcopy(model)
+    truth = _outcome(step(twin, x, labels, Setting(setting.mode, torch.float32, setting.device))(), twin)
     calls: dict[str, timing.Call] = {}
     found: dict[str, dict[str, Any]] = {}
     unavailable: dict[str, str] = {}
     for name in (*peers, _FUSED):
         advance(f"{setting.mode}: {'compiling' if name == 'compile' else 'warming up'} {name}")
         try:
-            call = step(*_prepare(name, model, x, backend), labels, setting)
-            difference = _difference(_outcome(call()), truth)
+            twin, images = _prepare(name, model, x, backend)
+            call = step(twin, images, labels, setting)
+            difference = _difference(_outcome(call(), twin), truth)
         except NotImplementedError as error:
             if name != _FUSED or backend == "auto":
                 raise
@@ -242,15 +245,19 @@ def _loss(out: Any, labels: Tensor) -> Tensor:
     return total
 
 
-def _outcome(out: Any) -> Tensor:
-    """All outputs as one vector; a copy, since a compiled call may reuse its memory."""
-    return torch.cat([leaf.detach().double().reshape(-1) for leaf in _tensors(out)])
+def _outcome(out: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """All outputs as one vector, and the norm of all gradients; copies, since a compiled call may reuse its memory."""
+    gradients = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
+    norm = torch.stack(gradients).norm() if gradients else torch.zeros(())
+    return torch.cat([leaf.detach().double().reshape(-1) for leaf in _tensors(out)]), norm
 
 
-def _difference(value: Tensor, truth: Tensor) -> float:
-    if value.shape != truth.shape:
+def _difference(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> float:
+    """The greater relative difference of the two parts of an outcome."""
+    if found[0].shape != truth[0].shape:
         return float("inf")
-    return ((value - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+    parts = [((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(found, truth, strict=True)]
+    return max(parts) if all(part == part for part in parts) else float("inf")
 
 
 def _first_line(error: Exception) -> str:

@@ -150,7 +150,7 @@ def _show_errors(out: Output, rows: list[compare.Row], document: dict[str, Any])
     document["errors"] = [asdict(summary) for summary in summaries]
     document["errors_beyond_bound"] = [row.to_dict() for row in failed]
     out.print(check.summary_table(summaries))
-    out.print(check.FLIPS)
+    check.print_flips(out, rows)
     limit = check.bound(compare.FLOORS[torch.float32])
     if failed:
         out.print(f"[red]{len(failed)} of {len(rows)} tensors beyond {limit}[/red]: see `resnet-fused check resnet50`")
