@@ -7,6 +7,7 @@ made anew when a tensor that it was made from was replaced or written to in plac
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -73,22 +74,24 @@ _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
 def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
-    found: list[Tensor] = []
+    found: list[Tensor | None] = []
     for module in modules:
-        for group in (module._parameters, module._buffers):
-            if group:
-                found += [t for t in group.values() if t is not None]
-    return found
+        found += module._parameters.values()
+        found += module._buffers.values()
+    return [t for t in found if t is not None]
 
 
 def _marks(modules: Sequence[nn.Module], tensors: list[Tensor]) -> list[Any]:
     """Equal for equal modules with the same tensors that have not been written to."""
     marks = paths.signature(modules)
-    for module in modules:
-        marks.append(module.__dict__.get("eps"))
-    for t in tensors:
-        marks += (id(t), -1 if t.is_inference() else t._version, t.data_ptr())
+    marks += [module.__dict__.get("eps") for module in modules]
+    marks += map(id, tensors)
+    marks += map(Tensor.data_ptr, tensors)
+    marks += map(_version, tensors)  # raises for inference tensors
     return marks
+
+
+_version = operator.attrgetter("_version")
 
 
 def recall(owner: nn.Module, modules: Sequence[nn.Module], kind: Hashable) -> Callable[[Tensor], Tensor] | None:
@@ -98,7 +101,10 @@ def recall(owner: nn.Module, modules: Sequence[nn.Module], kind: Hashable) -> Ca
     kept = _kept.get(owner)
     if kept is None or kind not in kept.made:
         return None
-    return kept.made[kind] if kept.marks == _marks(modules, _tensors(modules)) else None
+    try:
+        return kept.made[kind] if kept.marks == _marks(modules, _tensors(modules)) else None
+    except RuntimeError:  # a tensor was replaced by an inference tensor, which has no version
+        return None
 
 
 def keep(owner: nn.Module, modules: Sequence[nn.Module], kind: Hashable, made: Callable[[Tensor], Tensor]) -> None:
