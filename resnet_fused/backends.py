@@ -30,7 +30,7 @@ class Implementation:
     unsupported_reason: Callable[..., str | None]
     default: bool  # False: runs only when forced (no GPU has proved it yet)
     bind: Callable[..., Callable[..., Any] | None] | None  # like run, but returns a function of the activations alone
-    consume: Callable[..., Any] | None  # like run, but may write over its first argument
+    consume: Callable[..., Any] | None  # like run, but may write over the gradients among its arguments
 
 
 _table: dict[str, dict[str, Implementation]] = {}

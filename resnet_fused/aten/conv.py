@@ -152,6 +152,14 @@ def _through_input(dx, act, x, scale, mean, rstd, skip, skip_sign):
     return (dz, *sums(dz, x, mean, rstd))
 
 
+def _adds_into(skip: Tensor | None, skip_sign: Tensor | None, x: Tensor, weight: Tensor, stride: int) -> bool:
+    """Whether a matrix product can add the input's gradient to ``skip`` in place: no tensor and no pass of its own."""
+    if skip is None or skip_sign is not None or not skip.is_contiguous(memory_format=torch.channels_last):
+        return False
+    product = weight.shape[-1] == 1 and stride == 1 and x.is_cpu
+    return product and x.dtype == skip.dtype == weight.dtype == torch.float32
+
+
 def dgrad(dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups):
     """``dy`` materialised, cuDNN's or oneDNN's dgrad, then the epilogue as passes."""
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype)
@@ -189,9 +197,15 @@ def bprop(
     *,
     consume: bool = False,
 ):
-    """Both gradients from one materialised ``dy`` and one materialised input."""
+    """Both gradients from one materialised ``dy`` and one input; with ``consume`` written over ``dz`` and ``skip``."""
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype, consume=consume)
     act = activation(x, scale, shift)
+    if consume and _adds_into(skip, skip_sign, x, weight, stride):
+        _, dw = _backward(dy, act, weight, stride, dilation, groups, [False, True])
+        into = _rows(skip)
+        torch.addmm(into, _rows(dy), weight.flatten(1), out=into)
+        none = skip.new_empty((0,))
+        return skip, none, none.clone(), weight_format(dw.to(dtype), weight)
     dx, dw = _backward(dy, act, weight, stride, dilation, groups, [True, True])
     return (*_through_input(dx, act, x, scale, mean, rstd, skip, skip_sign), weight_format(dw.to(dtype), weight))
 

@@ -46,7 +46,7 @@ def reduce(dout, y, scale, shift, mean, rstd) -> tuple[Tensor, Tensor]:
 
 def apply(dout, y, scale, shift, a, b, c) -> Tensor:
     """The winners found again, the gradient scattered, two passes."""
-    return output_gradient(_gradient(dout, y, scale, shift), None, y, a, b, c, y.dtype)
+    return output_gradient(_gradient(dout, y, scale, shift), None, y, a, b, c, y.dtype, consume=True)
 
 
 def backward(dout, y, scale, shift, mean, rstd, weight, count) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def backward(dout, y, scale, shift, mean, rstd, weight, count) -> tuple[Tensor, 
     dz = _gradient(dout, y, scale, shift)
     dbeta, dgamma = sums(dz, y, mean, rstd)
     a, b, c = (scale, None, None) if count is None else coefficients(dbeta, dgamma, weight, mean, rstd, count)
-    return output_gradient(dz, None, y, a, b, c, y.dtype), dbeta, dgamma
+    return output_gradient(dz, None, y, a, b, c, y.dtype, consume=True), dbeta, dgamma
 
 
 backends.register("stem_infer", "aten", infer, bind=bind_infer)

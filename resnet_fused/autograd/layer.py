@@ -120,7 +120,7 @@ def conv_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dbeta, dgamma, dw)`` of one convolution, whichever are wanted; ``weight`` is the parameter itself.
 
-    With ``consume`` the tensor ``grad.dz`` may be written over.
+    With ``consume`` the tensors ``grad.dz`` and ``skip.dz`` may be written over.
     """
     op = ops.conv(layer.kernel)
     dtype = (x if isinstance(x, Tensor) else x.y).dtype

@@ -184,11 +184,12 @@ def _backward(spec, needs, dout, x, shortcut, sign, ys, results, parameters) -> 
     sums = (dbeta, dgamma)
     dz: Gradient | None = grad
     dx = None
-    consume = projected and grad.dz is not dout  # ours, and not read again as the skip gradient
+    ours = skip is None or skip.dz is not dout
+    consume = projected and grad.dz is not dout  # not read again as the skip gradient
     for i in range(last, -1, -1):
         below = need_x or any(any(n) for n in need[:i])
         if i == 0:
-            dx, _ = layer_backward(0, dz, sums, x, None, need_x, skip if need_x else None, consume)
+            dx, _ = layer_backward(0, dz, sums, x, None, need_x, skip if need_x else None, consume and ours)
             break
         previous = results[i - 1].norm
         source = Deferred(ys[i - 1], previous.scale, previous.shift)

@@ -149,7 +149,10 @@ class ConvOps:
         skip: Gradient | None = None,
         consume: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(dx, dbeta, dgamma, dw)``, see :meth:`dgrad` and :meth:`wgrad`; ``consume``: ``grad.dz`` may be lost."""
+        """``(dx, dbeta, dgamma, dw)``, see :meth:`dgrad` and :meth:`wgrad`.
+
+        With ``consume`` the tensors ``grad.dz`` and ``skip.dz`` may be lost.
+        """
         op = self._bprop.consume if consume else self._bprop
         return op(*grad, weight, *_flat(x), *_statistics(norm), *_skip(skip), *conv, dtype)
 

@@ -50,7 +50,7 @@ class Op:
         return self.overload(*args) if _watched(args[0]) else self.run(*args)
 
     def consume(self, *args: Any) -> Any:
-        """The op on a first argument that nobody needs afterwards: a backend may write over it."""
+        """The op on gradients that nobody needs afterwards: a backend may write over them."""
         if _watched(args[0]):
             return self.overload(*args)
         self.check(*args)
