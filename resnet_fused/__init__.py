@@ -8,7 +8,7 @@ from resnet_fused import models
 from resnet_fused.backends import use_backend
 from resnet_fused.blocks import BasicBlock, Bottleneck
 from resnet_fused.blocks.paths import disabled
-from resnet_fused.convert import fuse, unfuse
+from resnet_fused.convert import fuse, refresh, unfuse
 from resnet_fused.report import Explanation, Report, explain, report
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "explain",
     "fuse",
     "models",
+    "refresh",
     "report",
     "unfuse",
     "use_backend",

@@ -1,6 +1,7 @@
 """Swap the residual blocks of a model for fused ones, in place, and back.
 
-A swap assigns ``module.__class__``: parameters, buffers, hooks and attributes are not touched.
+A swap assigns ``module.__class__``: parameters and buffers stay the same objects, hooks and attributes are not touched;
+the convolutions' weights take other strides, and the block notes the backend that was asked for.
 """
 
 from __future__ import annotations
@@ -102,6 +103,21 @@ def unfuse(model: Model) -> Model:
     return model
 
 
+def refresh(model: Model) -> Model:
+    """Drop the folded weights that inference keeps, after a write that PyTorch does not count.
+
+    Those are writes through ``.data``, a numpy view or a collective to a model that stays in eval.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"refresh: expected model to be an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        inference.forget(module)
+    return model
+
+
 def candidates(model: nn.Module) -> list[tuple[str, Any]]:
     """``(qualified name, module)`` of every block and stem that is fused or has a fused class."""
     classes = fused_classes()
@@ -116,9 +132,11 @@ def candidates(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _to_channels_last(module: nn.Module) -> None:
-    """Restride the convolutions that belong to a block, or to a network's stem."""
+    """Restride the convolutions of a block, or of a network's stem; weights in shared or partial storages are left."""
     owned = module._stem_parts().conv if isinstance(module, FusedStem) else module
     for conv in owned.modules():
-        weight = conv._parameters.get("weight")  # a parametrization would compute the attribute
-        if isinstance(conv, nn.Conv2d) and type(weight) is nn.Parameter:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter:
+            weight = conv.weight.data
+            whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+            if whole and not weight.is_shared():
+                conv.weight.data = weight.contiguous(memory_format=torch.channels_last)

@@ -113,7 +113,8 @@ def bn_merge(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, T
 def bn_finalize(count: Tensor, mean: Tensor, m2: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
     """``(scale, shift, mean, rstd, var)``: biased variance in ``rstd``, unbiased in ``var``."""
     one_tile = mean.shape[0] == 1
-    total, merged, deviation = (count, mean, m2) if one_tile else bn_merge(count, mean, m2)
+    _, merged, deviation = (count, mean, m2) if one_tile else bn_merge(count, mean, m2)
+    total = count.sum(0, keepdim=True)  # int64: several tiles may hold more than int32 counts
     n = total.to(mean.dtype)
     rstd = torch.rsqrt(deviation[0] / n + eps)
     scale, shift = scale_and_shift(merged[0], rstd, weight, bias)

@@ -884,6 +884,71 @@ def test_shortcut_that_broadcasts():
         assert_close(fused.eval()(x), plain.eval()(x), EXACT)
 
 
+def test_identity_that_broadcasts_or_does_not_fit_is_pytorchs():
+    fused, plain = resnet_fused.BasicBlock(1, 8).double(), resnet.BasicBlock(1, 8).double()
+    plain.load_state_dict(fused.state_dict())
+    x = randn(2, 1, 6, 6)
+    assert_close(fused(x), plain(x), EXACT)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        resnet_fused.BasicBlock(4, 8).double()(randn(2, 4, 6, 6))
+
+
+def test_in_place_shortcut_is_declined():
+    fused, plain = pair(BLOCKS[0])
+    x = block_input(BLOCKS[0])
+    for block in (fused, plain):
+        block.downsample = nn.ReLU(inplace=True)
+    with torch.no_grad():
+        assert_close(fused.eval()(x.clone()), plain.eval()(x.clone()), EXACT)
+    assert [s.reason for s in resnet_fused.explain(fused.eval(), x.clone().requires_grad_(False)).steps] == ["in-place"]
+
+
+def test_weights_that_are_plain_attributes():
+    fused, plain = (block.eval() for block in pair(BLOCKS[0]))
+    x = block_input(BLOCKS[0])
+    first, second = (randn(*fused.conv1.weight.shape, seed=seed) for seed in (21, 22))
+    for block in (fused, plain):
+        del block.conv1.weight
+    with torch.no_grad():
+        for weight in (first, second):
+            for block in (fused, plain):
+                block.conv1.weight = weight
+            assert_close(fused(x), plain(x), EXACT)
+        second.mul_(2)
+        assert_close(fused(x), plain(x), EXACT)
+    for block in (fused, plain):
+        block.requires_grad_(False)
+        block.conv1.weight = (first * 2).requires_grad_()
+        assert block(x).requires_grad
+
+
+def test_refresh_after_an_uncounted_write():
+    fused, plain = (block.eval() for block in pair(BLOCKS[0]))
+    x = block_input(BLOCKS[0])
+    with torch.no_grad():
+        fused(x)
+        for block in (fused, plain):
+            block.conv1.weight.data.mul_(3)
+        resnet_fused.refresh(fused)
+        assert_close(fused(x), plain(x), EXACT)
+
+
+def test_infinite_running_variance_stays_infinite():
+    fused, plain = pair(BLOCKS[0])
+    for block in (fused, plain):
+        block.bn1.running_var[0] = float("inf")
+        block(block_input(BLOCKS[0]))
+    assert fused.bn1.running_var[0] == plain.bn1.running_var[0] == float("inf")
+
+
+def test_fp64_input_with_fp32_weights_under_autocast_raises_pytorchs_error():
+    fused, plain = pair(BLOCKS[0], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for block in (plain, fused):
+            with pytest.raises(RuntimeError, match=r"Double|double|Float|type"):
+                block(block_input(BLOCKS[0]))
+
+
 # --- synchronised batch norm ------------------------------------------------------------------------------------------
 
 SPLITS = {"even": [3, 3], "uneven": [4, 2], "single": [5, 1], "empty": [6, 0]}

@@ -703,3 +703,31 @@ def test_timm_adapter_covers_subclasses_by_name_only():
         timm.models.resnet.Bottleneck,
         timm.models.resnet.ResNet,
     }
+
+
+def test_fuse_leaves_shared_and_partial_storages_alone():
+    model = resnet.resnet18(num_classes=4)
+    model.conv1.weight.share_memory_()
+    weight = model.layer1[0].conv1.weight
+    flat = torch.zeros(2 * weight.numel())
+    weight.data = flat[: weight.numel()].view_as(weight)
+    resnet_fused.fuse(model)
+    flat.fill_(3.0)
+    assert model.conv1.weight.is_shared()
+    assert torch.equal(weight, torch.full_like(weight, 3.0))
+
+
+def test_another_backend_takes_effect_at_once():
+    model = resnet_fused.fuse(resnet.resnet18(num_classes=4)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        model(x)
+        resnet_fused.fuse(model, backend="triton")
+        with pytest.raises(NotImplementedError, match="forced backend triton"):
+            model(x)
+
+
+@pytest.mark.parametrize("function", ["refresh", "unfuse", "report"])
+def test_a_module_is_expected(function):
+    with pytest.raises(TypeError, match=f"{function}: expected model to be an nn.Module, got int"):
+        getattr(resnet_fused, function)(3)

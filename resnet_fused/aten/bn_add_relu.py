@@ -11,7 +11,7 @@ from resnet_fused.reference import channels_last, pack_mask
 
 
 def forward(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, mask) -> tuple[Tensor, Tensor]:
-    """One pass with oneDNN's post-ops on the CPU in fp32, two with a deferred shortcut; three elsewhere."""
+    """The norm with the addition, the shift, the ReLU; a deferred shortcut is materialised first."""
     if shortcut_scale is not None:
         shortcut = affine(shortcut, shortcut_scale, shortcut_shift, relu=False)
     out = affine(y, scale, shift, other=shortcut, relu=True)

@@ -1,8 +1,8 @@
 """Inference: norms folded into the convolutions, kernels chosen and weights laid out once per kind of input.
 
 What is kept lives outside the modules (weakly keyed), so a module stays picklable, copyable and of its own size. It is
-made anew when a tensor that it was made from was replaced or written to in place, and at every ``eval()`` or
-``train()``; writes that PyTorch does not count (through ``.data``) are seen only then.
+made anew when a tensor that it was made from was replaced or written to in place, and at every ``eval()``, ``train()``
+and ``refresh``; writes that PyTorch does not count (through ``.data``, numpy or a collective) are seen only then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from resnet_fused import ops
+from resnet_fused import backends, ops
 from resnet_fused.blocks import norms, paths
 from resnet_fused.operands import Conv
 from resnet_fused.reference import channels_last, compute_dtype
@@ -94,9 +94,23 @@ def _marks(modules: Sequence[nn.Module], tensors: list[Tensor]) -> list[Any]:
 _version = operator.attrgetter("_version")
 
 
+def kind_of(owner: Any, x: Tensor, dtype: torch.dtype) -> Hashable:
+    """What, besides the modules, inference depends on; None where nothing may be kept.
+
+    Work on a CUDA stream is ordered for that stream alone; a graph that is being captured outlives what is kept.
+    """
+    stream = None
+    if x.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+    backend = (owner._resnet_fused_backend, backends.forced())
+    return (type(x), x.shape, x.stride(), x.dtype, dtype, x.device, stream, backend)
+
+
 def recall(owner: nn.Module, modules: Sequence[nn.Module], kind: Hashable) -> Callable[[Tensor], Tensor] | None:
     """What :func:`keep` kept for ``owner`` and this kind of input, if ``modules`` and their tensors are unchanged."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or kind is None:
         return None
     kept = _kept.get(owner)
     if kept is None or kind not in kept.made:
@@ -107,11 +121,20 @@ def recall(owner: nn.Module, modules: Sequence[nn.Module], kind: Hashable) -> Ca
         return None
 
 
-def keep(owner: nn.Module, modules: Sequence[nn.Module], kind: Hashable, made: Callable[[Tensor], Tensor]) -> None:
-    """Keep what was made for ``owner`` from ``modules`` for this kind of input."""
-    if torch.compiler.is_compiling():
+def keep(
+    owner: nn.Module,
+    modules: Sequence[nn.Module],
+    sources: Sequence[Tensor | None],
+    kind: Hashable,
+    made: Callable[[Tensor], Tensor],
+) -> None:
+    """Keep what was made for ``owner`` from ``sources``, tensors of ``modules``, for this kind of input."""
+    if torch.compiler.is_compiling() or kind is None:
         return
     tensors = _tensors(modules)
+    known = set(map(id, tensors))
+    if any(t is not None and (id(t) not in known or t.is_shared()) for t in sources):
+        return  # a plain attribute, or memory that another process may write to: changes could go unseen
     # Inference tensors have no version, so a kept result could go stale unseen; fake ones belong to their mode.
     if torch._C._len_torch_dispatch_stack() or any(t.is_inference() or isinstance(t, FakeTensor) for t in tensors):
         return
@@ -129,8 +152,9 @@ def forget(owner: nn.Module) -> None:
 
 
 def _forget_all(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """After a step of any optimizer: those with ``fused=True`` write parameters without giving them a new version."""
-    _kept.clear()
+    """After a step of an optimizer with ``fused=True``: it writes parameters without giving them a new version."""
+    if any(group.get("fused") for group in optimizer.param_groups):
+        _kept.clear()
 
 
 register_optimizer_step_post_hook(_forget_all)

@@ -22,6 +22,8 @@ def is_frozen_class(norm: Any) -> bool:
 
 def unsupported(norm: Any) -> Reason | None:
     """Why ``norm`` is no batch norm that the fused path knows; exact types only, a subclass may do anything."""
+    if type(norm) in _BATCH_NORMS and (norm.running_mean is None) != (norm.running_var is None):
+        return Reason("norm", "one of running_mean and running_var is None, the other is not")
     if type(norm) in _BATCH_NORMS or is_frozen_class(norm):
         return None
     return Reason("norm", f"norm layer {type(norm).__name__} is not BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d")
@@ -31,7 +33,7 @@ def batch_statistics(norm: Any) -> bool:
     """Whether ``norm`` normalises with the batch's statistics, as ``_BatchNorm.forward`` decides it."""
     if type(norm) not in _BATCH_NORMS:
         return False
-    return norm.training or norm.running_mean is None or norm.running_var is None
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def spec(norm: Any) -> NormSpec:
@@ -79,4 +81,4 @@ def update_running(norm: Any, mean: Tensor, var: Tensor) -> None:
         return
     for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
         weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-        running.lerp_(batch.to(running.dtype), weight)
+        running.mul_(1 - weight).add_(batch.to(running.dtype) * weight)

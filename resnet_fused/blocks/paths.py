@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fused import backends
+from resnet_fused.ops._check import FLOATING
 
 TRAIN, INFER, ORIGINAL = "train", "infer", "original"
 
@@ -87,6 +88,17 @@ def transformed(x: Any) -> Reason | None:
         return Reason("hooks", "a global module hook sees the call of every module")
     if type(x) not in (Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
         return Reason("subclass", f"the input is a {type(x).__name__}")
+    if x.device.type not in ("cpu", "cuda") or x.layout != torch.strided:
+        return Reason("device", f"no fused path for {x.layout} tensors on device {x.device.type}")
+    return None
+
+
+def input_reason(x: Tensor, synchronised: bool) -> Reason | None:
+    """Why tensors like ``x`` go to PyTorch's modules; ``synchronised``: other ranks wait even for an empty batch."""
+    if x.dim() != 4 or x.dtype not in FLOATING:
+        return Reason("input", f"the input is {x.dim()}-d {x.dtype}, not a 4-d floating tensor")
+    if x.numel() == 0 and not synchronised:
+        return Reason("empty", "the input is empty")
     return None
 
 
@@ -117,7 +129,7 @@ def signature(modules: Iterable[nn.Module]) -> list[Any]:
     marks: list[Any] = []
     for module in modules:
         attributes = module.__dict__
-        marks += (module, type(module), attributes["training"], has_hooks(module))
+        marks += (module, type(module), attributes.get("training"), has_hooks(module))
         if "stride" in attributes:
             marks += map(attributes.get, _GEOMETRY)
             marks.append(attributes["_parameters"].get("bias") is None)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.autograd.layer import Layer, forced_backend, no_autocast
+from resnet_fused.autograd.layer import Layer, no_autocast
 from resnet_fused.autograd.residual import ResidualFunction, ResidualSpec
 from resnet_fused.backends import use_backend
 from resnet_fused.blocks import inference, norms, paths
@@ -81,7 +81,7 @@ class FusedResidual(_Module):
         compiling = torch.compiler.is_compiling()
         found: Structure | Reason | None = paths.transformed(x)
         if found is None and not compiling and not torch.is_grad_enabled():
-            program = inference.recall(self, paths.descendants(self), _kind(x))
+            program = inference.recall(self, paths.descendants(self), _kind(self, x))
             if program is not None:
                 paths.take(self, paths.INFER)
                 return program(x)
@@ -120,6 +120,8 @@ def read(block: Any) -> Structure | Reason:
         return Reason("hooks", "a module inside the block has a hook that only its own call runs")
     chain = block._chain()
     before, projection = _read_shortcut(block.downsample)
+    if before is not None and any(getattr(module, "inplace", False) for module in before.modules()):
+        return Reason("in-place", "the shortcut writes over the block's input, in PyTorch after the convolutions")
     for conv, norm in chain if projection is None else (*chain, projection):
         reason = _conv_reason(conv) or norms.unsupported(norm)
         if reason is not None:
@@ -175,30 +177,31 @@ def _conv_reason(conv: Any) -> Reason | None:
     return None
 
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
 def _input_reason(structure: Structure, x: Tensor) -> Reason | None:
     """Why this input takes PyTorch's modules, its errors included."""
-    if x.dim() != 4 or x.dtype not in _DTYPES:
-        return Reason("input", f"the input is {x.dim()}-d {x.dtype}, not a 4-d floating tensor")
-    if x.device.type not in ("cpu", "cuda"):
-        return Reason("device", f"no fused path on device {x.device.type}")
-    dtype = operand_dtype(x)
+    synchronised = x.numel() == 0 and any(norms.spec(norm).group is not None for _, norm in structure.layers)
+    reason = paths.input_reason(x, synchronised)
+    if reason is not None:
+        return reason
+    dtype, compiling = operand_dtype(x), torch.compiler.is_compiling()
+    cast = dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
     for conv, _ in structure.layers:
         weight = conv.weight
-        if type(weight) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
+        if type(weight) not in (nn.Parameter, Tensor) and not compiling:
             return Reason("subclass", f"a weight is a {type(weight).__name__}")
         if weight.device != x.device:
             return Reason("input", f"the input is on {x.device}, a weight on {weight.device}")
-        if weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if weight.dtype != dtype and not cast:
             return Reason("input", f"the input is {x.dtype}, a weight {weight.dtype}")
-    if x.shape[1] != structure.chain[0][0].in_channels:
-        return Reason(
-            "input", f"the input has {x.shape[1]} channels, the first convolution {structure.chain[0][0].in_channels}"
-        )
-    if x.numel() == 0 and not any(norms.spec(norm).group is not None for _, norm in structure.layers):
-        return Reason("empty", "the input is empty")
+    first = structure.chain[0][0]
+    if x.shape[1] != first.in_channels:
+        return Reason("input", f"the input has {x.shape[1]} channels, the first convolution {first.in_channels}")
+    if structure.before is None:
+        added = tuple(x.shape) if structure.projection is None else output_shape(structure.projection[0], x.shape)
+        if added != chain_shape(structure, x):
+            return Reason(
+                "input", f"the sum of {chain_shape(structure, x)} and {added} is PyTorch's to broadcast or refuse"
+            )
     return None
 
 
@@ -215,7 +218,10 @@ def _frozen_without_gradient(block: Any, structure: Structure, x: Tensor) -> boo
         return False
     if x.dtype != operand_dtype(x) and structure.projection is None:
         return False
-    return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+    if not torch.is_grad_enabled():
+        return True
+    tensors = (x, *block.parameters(), *_sources(structure))  # a weight may be a plain tensor that requires grad
+    return not any(t is not None and t.requires_grad for t in tensors)
 
 
 # --- the two fused paths --------------------------------------------------------------------------------------------
@@ -239,6 +245,14 @@ def _check_batches(structure: Structure, x: Tensor, source: Tensor) -> None:
                 norms.check_batch(pair[1], shape)
 
 
+def chain_shape(structure: Structure, x: Tensor) -> tuple:
+    """Shape of the chain's output."""
+    shape = tuple(x.shape)
+    for conv, _ in structure.chain:
+        shape = output_shape(conv, shape)
+    return shape
+
+
 def output_shape(conv: nn.Conv2d, shape: tuple) -> tuple:
     """Shape of ``conv``'s output for an input of ``shape``."""
     size = (output_size(s, conv.kernel_size[0], conv.stride[0], conv.dilation[0]) for s in shape[2:])
@@ -250,12 +264,7 @@ def _shortcut(structure: Structure, x: Tensor) -> Tensor:
     if structure.before is None:
         return x
     shortcut = structure.before(x)
-    if structure.projection is None:  # a sum broadcasts
-        shape = tuple(x.shape)
-        for conv, _ in structure.chain:
-            shape = output_shape(conv, shape)
-        shortcut = shortcut.expand(shape)
-    return shortcut
+    return shortcut.expand(chain_shape(structure, x)) if structure.projection is None else shortcut  # a sum broadcasts
 
 
 def _train(block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
@@ -274,7 +283,7 @@ def _train(block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
         dtype,
         torch.is_grad_enabled(),
     )
-    flat = [t for conv, norm in structure.layers for t in (conv.weight, *norms.parameters(norm))]
+    flat = _sources(structure)
     with no_autocast(x):
         operand = x.to(dtype).contiguous(memory_format=torch.channels_last)
         out, *moments = ResidualFunction.apply(spec, operand, outside, *flat)
@@ -285,20 +294,24 @@ def _train(block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
     return like_eager(out, x, structure.chain)
 
 
-def _kind(x: Tensor) -> tuple[Any, ...]:
-    """What, besides the block, inference depends on."""
-    return (type(x), x.shape, x.stride(), x.dtype, operand_dtype(x), x.device, forced_backend())
-
-
 def _infer(block: Any, structure: Structure, x: Tensor) -> Tensor:
     """Folded norms: one convolution with bias, ReLU and residual per layer."""
-    modules, kind = paths.descendants(block), _kind(x)
+    modules, kind = paths.descendants(block), _kind(block, x)
     program = inference.recall(block, modules, kind)
     if program is not None:
         return program(x)
     program, out = _program(block, structure, x)
-    inference.keep(block, modules, kind, program)
+    inference.keep(block, modules, _sources(structure), kind, program)
     return out
+
+
+def _kind(block: Any, x: Tensor) -> Hashable:
+    return None if torch.compiler.is_compiling() else inference.kind_of(block, x, operand_dtype(x))
+
+
+def _sources(structure: Structure) -> list[Tensor | None]:
+    """For every layer its convolution's weight and its norm's tensors."""
+    return [t for conv, norm in structure.layers for t in (conv.weight, *norms.parameters(norm))]
 
 
 def _program(block: Any, structure: Structure, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import ops
-from resnet_fused.autograd.layer import forced_backend, no_autocast
+from resnet_fused.autograd.layer import no_autocast
 from resnet_fused.autograd.stem import StemFunction
 from resnet_fused.backends import use_backend
 from resnet_fused.blocks import inference, norms, paths
@@ -44,7 +44,7 @@ class FusedStem(_Module):
     def _fused_stem(self: Any, x: Tensor) -> Tensor:
         parts = self._stem_parts()
         compiling = torch.compiler.is_compiling()
-        reason = paths.transformed(x) or stem_reason(parts) or _input_reason(x)
+        reason = paths.transformed(x) or stem_reason(parts) or _input_reason(parts, x)
         if reason is not None:
             if not compiling:
                 paths.take(self, paths.ORIGINAL, reason)
@@ -95,14 +95,8 @@ def _pair(value: Any) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def _input_reason(x: Tensor) -> Reason | None:
-    if x.dim() != 4 or not x.is_floating_point():
-        return Reason("input", f"the input is {x.dim()}-d {x.dtype}, not a 4-d floating tensor")
-    if x.device.type not in ("cpu", "cuda"):
-        return Reason("device", f"no fused path on device {x.device.type}")
-    if x.numel() == 0:
-        return Reason("empty", "the input is empty")
-    return None
+def _input_reason(parts: Stem, x: Tensor) -> Reason | None:
+    return paths.input_reason(x, x.numel() == 0 and norms.spec(parts.norm).group is not None)
 
 
 def _foldable(conv: Any, x: Tensor) -> bool:
@@ -122,21 +116,22 @@ def _foldable(conv: Any, x: Tensor) -> bool:
 
 def _stem(owner: Any, parts: Stem, x: Tensor) -> Tensor:
     frozen = not norms.batch_statistics(parts.norm)
-    parameters = (*parts.conv.parameters(), *parts.norm.parameters())
-    gradient = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+    own = norms.parameters(parts.norm)
+    tensors = (x, getattr(parts.conv, "weight", None), *parts.conv.parameters(), *own)
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if frozen and not gradient and _foldable(parts.conv, x):
         if not torch.compiler.is_compiling():
             paths.take(owner, paths.INFER)
-        kind = (type(x), x.shape, x.dtype, x.device, forced_backend())
+        kind = None if torch.compiler.is_compiling() else inference.kind_of(owner, x, x.dtype)
         step = inference.recall(owner, parts, kind)
         if step is None:
             weight, bias = inference.fold(parts.conv, parts.norm, x.dtype)
             step = ops.stem.bind(x, weight, bias, stride=parts.conv.stride[0], padding=parts.conv.padding[0])
-            inference.keep(owner, parts, kind, step)
+            inference.keep(owner, parts, (parts.conv.weight, *own), kind, step)
         out = step(x)
         return out if is_channels_last(x) or is_channels_last(parts.conv.weight) else out.contiguous()
     y = parts.conv(x)
-    reason = _input_reason(y)
+    reason = _input_reason(parts, y)
     if reason is not None:
         if not torch.compiler.is_compiling():
             paths.take(owner, paths.ORIGINAL, reason)

@@ -294,19 +294,6 @@ class ConvOps:
         return (*self._fake_dgrad(*args), torch.empty_like(args[6], dtype=args[-1]))
 
 
-def split_bprop(dgrad: Callable[..., Any], wgrad: Callable[..., Any]) -> Callable[..., Any]:
-    """A backend's ``bprop`` made of its ``dgrad`` and ``wgrad``."""
-
-    def bprop(
-        dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups, dtype
-    ):
-        grad = (dz, sign, y, a, b, c)
-        dx = dgrad(*grad, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups)
-        return (*dx, wgrad(*grad, weight, x, scale, shift, stride, dilation, groups, dtype))
-
-    return bprop
-
-
 def _flat(x: Tensor | Deferred) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return (x.y, x.scale, x.shift) if isinstance(x, Deferred) else (x, None, None)
 
