@@ -117,7 +117,8 @@ def _foldable(conv: Any, x: Tensor) -> bool:
 def _stem(owner: Any, parts: Stem, x: Tensor) -> Tensor:
     frozen = not norms.batch_statistics(parts.norm)
     own = norms.parameters(parts.norm)
-    tensors = (x, getattr(parts.conv, "weight", None), *parts.conv.parameters(), *own)
+    plain = vars(parts.conv).get("weight")  # a parametrization would compute the attribute
+    tensors = (x, plain, *parts.conv.parameters(), *own)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if frozen and not gradient and _foldable(parts.conv, x):
         if not torch.compiler.is_compiling():
