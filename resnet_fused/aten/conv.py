@@ -175,29 +175,9 @@ def wgrad(dz, sign, y, a, b, c, weight, x, scale, shift, stride, dilation, group
     return weight_format(dw.to(dtype), weight)
 
 
-def bprop(
-    dz,
-    sign,
-    y,
-    a,
-    b,
-    c,
-    weight,
-    x,
-    scale,
-    shift,
-    mean,
-    rstd,
-    skip,
-    skip_sign,
-    stride,
-    dilation,
-    groups,
-    dtype,
-    *,
-    consume: bool = False,
-):
+def bprop(dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, *geometry, consume: bool = False):
     """Both gradients from one materialised ``dy`` and one input; with ``consume`` written over ``dz`` and ``skip``."""
+    stride, dilation, groups, dtype = geometry
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype, consume=consume)
     act = activation(x, scale, shift)
     if consume and _adds_into(skip, skip_sign, x, weight, stride):
