@@ -38,14 +38,24 @@ _disabled: ContextVar[bool] = ContextVar("resnet_fused_disabled", default=False)
 _recorder: ContextVar[list[Call] | None] = ContextVar("resnet_fused_recorder", default=None)
 
 
+_disabled_contexts = 0  # open in any thread: torch.compile guards on an int, not on a ContextVar before 2.14
+
+
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Run every fused block by its original forward within the context."""
+    """Run every fused block by its original forward within the context, compiled ones in other threads too."""
+    global _disabled_contexts
     token = _disabled.set(True)
+    _disabled_contexts += 1
     try:
         yield
     finally:
+        _disabled_contexts -= 1
         _disabled.reset(token)
+
+
+def _is_disabled() -> bool:
+    return _disabled_contexts > 0 if torch.compiler.is_compiling() else _disabled.get()
 
 
 @contextlib.contextmanager
@@ -70,7 +80,7 @@ def take(module: nn.Module, path: str, reason: Reason | None = None) -> None:
 
 def transformed(x: Any) -> Reason | None:
     """Why the way this call is made, not the block itself, needs PyTorch's own operators."""
-    if _disabled.get():
+    if _is_disabled():
         return Reason("disabled", "inside resnet_fused.disabled()")
     if torch.compiler.is_exporting():
         return Reason(
