@@ -82,7 +82,7 @@ def transformed(x: Any) -> Reason | None:
     """Why the way this call is made, not the block itself, needs PyTorch's own operators."""
     if _is_disabled():
         return Reason("disabled", "inside resnet_fused.disabled()")
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # is_exporting() is taken as True by the torch.compile of 2.11
         return Reason(
             "export", "exported programs, ONNX included, hold PyTorch's own operators and run without this package"
         )
