@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnet_fused.reference import bn_sums, channels_last, compute_dtype, per_channel
 
@@ -13,7 +12,7 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor, *, other: Tensor | None = No
     """``relu(y * scale + shift + other)`` per channel, rounded to ``y``'s dtype."""
     if y.dtype != scale.dtype:  # 16 bits: one pass with fp32 arithmetic
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-        out = F.batch_norm(y, zero, one, scale, shift, False, 0.0, 0.0)
+        out = torch.batch_norm(y, scale, shift, zero, one, False, 0.0, 0.0, False)
         if other is not None:
             out.add_(other)
     elif other is not None and other.dtype == y.dtype:
