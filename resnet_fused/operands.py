@@ -11,11 +11,15 @@ from torch import Tensor
 
 
 class Deferred(NamedTuple):
-    """A tensor with its pending normalisation: it stands for ``relu(y * scale + shift)``."""
+    """A tensor with its pending normalisation: it stands for ``act(y * scale + shift)``.
+
+    ``act`` is the ReLU, or with ``slope`` the PReLU: ``z`` where ``z > 0``, else ``slope * z``.
+    """
 
     y: Tensor  # (N, C, H, W), a convolution's output
     scale: Tensor  # (C,) fp32 (fp64 for an fp64 y)
     shift: Tensor  # (C,) as scale
+    slope: Tensor | None = None  # (C,) as scale
 
 
 class TileStatistics(NamedTuple):
@@ -49,6 +53,26 @@ class Gradient(NamedTuple):
     a: Tensor | None = None  # (K,) fp32 (fp64)
     b: Tensor | None = None  # (K,)
     c: Tensor | None = None  # (K,)
+
+
+class Mix(NamedTuple):
+    """The weights of a block's sum: ``(branch + branch_gate * gate) * F + (shortcut + shortcut_gate * gate) * S``.
+
+    ``gate`` is a tensor that broadcasts against the sum; it is read where one of the two gate weights is not 0.
+    """
+
+    branch: float = 1.0
+    branch_gate: float = 0.0
+    shortcut: float = 1.0
+    shortcut_gate: float = 0.0
+
+    @property
+    def adds_shortcut(self) -> bool:
+        return self.shortcut != 0 or self.shortcut_gate != 0
+
+    @property
+    def gated(self) -> bool:
+        return self.branch_gate != 0 or self.shortcut_gate != 0
 
 
 class Conv(NamedTuple):

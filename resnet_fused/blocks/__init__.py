@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from resnet_fused.blocks.parts import FusedBasic, FusedBottleneck
 from resnet_fused.blocks.plain import PlainBasicBlock, PlainBottleneck
+from resnet_fused.blocks.plain_units import PlainBasicUnit, PlainBottleneckUnit, PlainPReLUBlock
 from resnet_fused.blocks.residual import renamed
 
-__all__ = ["BasicBlock", "Bottleneck"]
+__all__ = ["BasicBlock", "BasicUnit", "Bottleneck", "BottleneckUnit", "PReLUBlock"]
 
 
 class BasicBlock(FusedBasic, PlainBasicBlock):
@@ -47,3 +48,15 @@ class Bottleneck(FusedBottleneck, PlainBottleneck):
     """
 
     _original_forward = renamed(PlainBottleneck.forward, "_original_forward")
+
+
+class BasicUnit(PlainBasicUnit):
+    """A basic block of any unit of arXiv 1603.05027 with any shortcut, fused."""
+
+
+class BottleneckUnit(PlainBottleneckUnit):
+    """A bottleneck of any unit of arXiv 1603.05027 with any shortcut, fused."""
+
+
+class PReLUBlock(PlainPReLUBlock):
+    """The PReLU block, fused."""
