@@ -67,10 +67,6 @@ class Mix(NamedTuple):
     shortcut_gate: float = 0.0
 
     @property
-    def adds_shortcut(self) -> bool:
-        return self.shortcut != 0 or self.shortcut_gate != 0
-
-    @property
     def gated(self) -> bool:
         return self.branch_gate != 0 or self.shortcut_gate != 0
 

@@ -37,6 +37,11 @@ def channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=CHANNELS_LAST)
 
 
+def store(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` rounded to ``dtype`` in channels_last memory of its own."""
+    return torch.empty(t.shape, dtype=dtype, device=t.device, memory_format=CHANNELS_LAST).copy_(t)
+
+
 # --- pending operations ---------------------------------------------------------------------------------------------
 
 
@@ -45,11 +50,27 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return up(y) * per_channel(scale) + per_channel(shift)
 
 
-def activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """The tensor a convolution reads: ``x``, or ``relu(x * scale + shift)`` rounded to ``x``'s dtype."""
+def act(z: Tensor, slope: Tensor | None, relu: bool = True) -> Tensor:
+    """The PReLU of arXiv 1502.01852 (``slope`` per channel), else the ReLU if ``relu``, else ``z``."""
+    if slope is not None:
+        return torch.where(z > 0, z, per_channel(slope) * z)
+    return F.relu(z) if relu else z
+
+
+def act_backward(dact: Tensor, z: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``dact`` taken back through PReLU or ReLU to ``z``, and the gradient of the slopes (empty without them)."""
+    if slope is None:
+        return torch.where(~(z <= 0), dact, dact.new_zeros(())), dact.new_empty((0,))
+    positive = z > 0
+    dslope = torch.where(positive, dact.new_zeros(()), dact * z).sum((0, 2, 3))
+    return torch.where(positive, dact, per_channel(slope) * dact), dslope
+
+
+def activation(x: Tensor, scale: Tensor | None, shift: Tensor | None, slope: Tensor | None = None) -> Tensor:
+    """The tensor a convolution reads: ``x``, or ``act(x * scale + shift)`` rounded to ``x``'s dtype."""
     if scale is None or shift is None:
         return x
-    return F.relu(affine(x, scale, shift)).to(x.dtype)
+    return act(affine(x, scale, shift), slope).to(x.dtype)
 
 
 def pack_mask(positive: Tensor) -> Tensor:
@@ -172,9 +193,9 @@ def _conv_backward(dy, x, weight, stride, dilation, groups, mask) -> tuple[Any, 
     return dx, dw
 
 
-def conv_fprop(x, scale, shift, weight, stride: int, dilation: int, groups: int, statistics: bool):
+def conv_fprop(x, scale, shift, slope, weight, stride: int, dilation: int, groups: int, statistics: bool):
     """``y = conv2d(activation(x), weight)`` and, if asked for, the statistics of the rounded ``y``."""
-    y = channels_last(_conv(activation(x, scale, shift), weight, stride, dilation, groups).to(x.dtype))
+    y = channels_last(_conv(activation(x, scale, shift, slope), weight, stride, dilation, groups).to(x.dtype))
     if statistics:
         return (y, *bn_statistics(y))
     return (y, *no_statistics(y))
@@ -186,66 +207,123 @@ def no_statistics(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y.new_empty((0,), dtype=torch.int32), empty, torch.empty_like(empty)
 
 
-def conv_infer(x, weight, bias, residual, stride: int, dilation: int, groups: int, relu: bool) -> Tensor:
-    """``relu(conv2d(x, weight) + bias + residual)``."""
-    y = _conv(x, weight, stride, dilation, groups) + per_channel(bias)
+def conv_infer(
+    x, scale, shift, slope, weight, bias, residual, stride: int, dilation: int, groups: int, relu: bool, out_slope
+) -> Tensor:
+    """``act(conv2d(activation(x), weight) + bias + residual)``."""
+    y = _conv(activation(x, scale, shift, slope), weight, stride, dilation, groups) + per_channel(bias)
     if residual is not None:
         y = y + residual
-    return channels_last((F.relu(y) if relu else y).to(x.dtype))
+    return channels_last(act(y, out_slope, relu).to(x.dtype))
 
 
-def _through_input(dx, x, scale, shift, mean, rstd, skip, skip_sign, dtype):
-    """The epilogue of dgrad: add the skip gradient to ``dx``, or take it back through the deferred input's ReLU."""
+def _through_input(dx, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale):
+    """The epilogue of dgrad: add the skip gradient to ``dx``, take it back through the deferred input's activation."""
+    if skip is not None:
+        dx = dx + skip_scale * up(masked(skip, skip_sign))
     none = dx.new_empty((0,))
     if scale is None:
-        if skip is not None:
-            dx = dx + up(masked(skip, skip_sign))
-        return channels_last(dx.to(dtype)), none, none.clone()
-    dz = channels_last(torch.where(~(affine(x, scale, shift) <= 0), dx, dx.new_zeros(())).to(dtype))
-    if mean is None:
-        return dz, none, none.clone()
-    return (dz, *bn_sums(dz, x, mean, rstd))
+        return channels_last(dx.to(x.dtype)), none, none.clone(), none.clone()
+    dz, dslope = act_backward(dx, affine(x, scale, shift), slope)
+    dz = channels_last(dz.to(x.dtype))
+    sums = (none, none.clone()) if mean is None else bn_sums(dz, x, mean, rstd)
+    return (dz, *sums, dslope)
 
 
 def conv_dgrad(
-    dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride: int, dilation: int, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the convolution's input (plain: plus skip; deferred: of its ``y * scale + shift``, and the sums)."""
+    dz, sign, y, a, b, c, weight, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale: float,
+    stride: int, dilation: int, groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradient of the convolution's input plus skip (deferred: back to ``y * scale + shift``), sums, ``dslope``."""
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype)
     dx, _ = _conv_backward(dy, x, weight, stride, dilation, groups, [True, False])
-    return _through_input(dx, x, scale, shift, mean, rstd, skip, skip_sign, x.dtype)
+    return _through_input(dx, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale)
 
 
 def conv_wgrad(
-    dz, sign, y, a, b, c, weight, x, scale, shift, stride: int, dilation: int, groups: int, dtype: torch.dtype
+    dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride: int, dilation: int, groups: int, dtype: torch.dtype
 ) -> Tensor:
     """Gradient of the weight, in ``dtype``."""
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype)
-    act = activation(x, scale, shift)
-    _, dw = _conv_backward(dy, act, weight, stride, dilation, groups, [False, True])
+    read = activation(x, scale, shift, slope)
+    _, dw = _conv_backward(dy, read, weight, stride, dilation, groups, [False, True])
     return weight_format(dw.to(dtype), weight)
 
 
 def conv_bprop(
-    dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups, dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dz, sign, y, a, b, c, weight, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale: float,
+    stride: int, dilation: int, groups: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Both gradients of one convolution."""
-    grad = (dz, sign, y, a, b, c)
-    dx = conv_dgrad(*grad, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups)
-    return (*dx, conv_wgrad(*grad, weight, x, scale, shift, stride, dilation, groups, dtype))
+    grad, deferred, geometry = (dz, sign, y, a, b, c), (x, scale, shift, slope), (stride, dilation, groups)
+    dx = conv_dgrad(*grad, weight, *deferred, mean, rstd, skip, skip_sign, skip_scale, *geometry)
+    return (*dx, conv_wgrad(*grad, weight, *deferred, *geometry, dtype))
 
 
 # --- block end ------------------------------------------------------------------------------------------------------
 
 
-def bn_add_relu_forward(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, mask: bool) -> tuple[Tensor, Tensor]:
-    """``out = relu(y * scale + shift + shortcut)`` and the packed 1-bit mask ``!(sum <= 0)``."""
-    total = affine(y, scale, shift)
-    if shortcut is not None:
-        deferred = shortcut_scale is not None
-        total = total + (affine(shortcut, shortcut_scale, shortcut_shift) if deferred else shortcut)
-    out = channels_last(F.relu(total).to(y.dtype))
-    return out, pack_mask(~(out <= 0)) if mask else out.new_empty((0,), dtype=torch.uint8)
+def mix_weights(mix, gate: Tensor | None) -> tuple[Any, Any]:
+    """The branch's and the shortcut's weights: numbers where the gate plays no part."""
+    branch, branch_gate, shortcut, shortcut_gate = mix
+    gate = None if gate is None else up(gate)
+    return (
+        branch + branch_gate * gate if branch_gate else branch,
+        shortcut + shortcut_gate * gate if shortcut_gate else shortcut,
+    )
+
+
+def end_terms(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, mix, branch_relu: bool) -> tuple[Any, Any]:
+    """``F`` and ``S`` of a block's sum, unrounded; ``S`` is None where there is no shortcut or its weights are 0."""
+    f = up(y) if scale is None else affine(y, scale, shift)
+    f = F.relu(f) if branch_relu else f
+    if shortcut is None or not (mix[2] or mix[3]):
+        return f, None
+    return f, up(shortcut) if shortcut_scale is None else affine(shortcut, shortcut_scale, shortcut_shift)
+
+
+def end_sum(f: Tensor, s: Tensor | None, mix, gate: Tensor | None) -> Tensor:
+    """``(mix[0] + mix[1] * gate) * F + (mix[2] + mix[3] * gate) * S``."""
+    branch, shortcut = mix_weights(mix, gate)
+    return branch * f if s is None else branch * f + shortcut * s
+
+
+def bn_add_relu_forward(
+    y, scale, shift, shortcut, shortcut_scale, shortcut_shift, gate, mix, branch_relu, relu, slope, mask, statistics
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``out = act(end_sum(F, S))``, the packed 1-bit mask ``!(out <= 0)`` and the statistics of the rounded ``out``."""
+    f, s = end_terms(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, mix, branch_relu)
+    out = store(act(end_sum(f, s, mix, gate), slope, relu), y.dtype)
+    bits = pack_mask(~(out <= 0)) if mask else out.new_empty((0,), dtype=torch.uint8)
+    return (out, bits, *(bn_statistics(out) if statistics else no_statistics(out)))
+
+
+def bn_add_relu_backward(
+    dout, sign, y, scale, shift, mean, rstd, shortcut, shortcut_scale, shortcut_shift, shortcut_mean, shortcut_rstd,
+    gate, mix, branch_relu, slope, need_shortcut, need_gate,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``(dz, dshortcut, dbeta, dgamma, shortcut_dbeta, shortcut_dgamma, dgate, dslope)``; empty where not asked for."""
+    wide = compute_dtype(y.dtype)
+    none = y.new_empty((0,), dtype=wide)
+    f, s = end_terms(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, mix, branch_relu)
+    dtotal, dslope = up(masked(dout, sign)), none.clone()
+    if slope is not None:
+        dtotal, dslope = act_backward(dtotal, end_sum(f, s, mix, gate), slope)
+    branch, factor = mix_weights(mix, gate)
+    df = branch * dtotal
+    dz = store(act_backward(df, f, None)[0] if branch_relu else df, y.dtype)
+    sums = (none.clone(), none.clone()) if mean is None else bn_sums(dz, y, mean, rstd)
+    ds, shortcut_sums = y.new_empty((0,)), (none.clone(), none.clone())
+    if need_shortcut or shortcut_mean is not None:
+        dshortcut = store(factor * dtotal, shortcut.dtype)
+        ds = dshortcut if need_shortcut else ds
+        if shortcut_mean is not None:
+            shortcut_sums = bn_sums(dshortcut, shortcut, shortcut_mean, shortcut_rstd)
+    dgate = none.clone()
+    if need_gate:
+        read = sum(weight * t for weight, t in ((mix[1], f), (mix[3], s)) if weight and t is not None)
+        dgate = store((dtotal * read).sum_to_size(gate.shape), wide)
+    return dz, ds, *sums, *shortcut_sums, dgate, dslope.to(wide)
 
 
 def bn_add_relu_mask(dout: Tensor, sign: Tensor) -> Tensor:
@@ -264,9 +342,21 @@ def bn_add_relu_reduce(
     return dbeta, dgamma, bn_sums(g, shortcut, shortcut_mean, shortcut_rstd)[1]
 
 
-def bn_add_relu_apply(dz, sign, y, a, b, c) -> Tensor:
-    """The materialised ``dy = a * dz' + b * y + c``, in ``y``'s dtype."""
-    return output_gradient(dz, sign, y, a, b, c, y.dtype)
+def bn_add_relu_apply(dz, sign, y, a, b, c, skip, skip_sign, skip_scale: float) -> Tensor:
+    """``a * dz' + b * y + c + skip_scale * skip'``, materialised in ``y``'s dtype."""
+    dy = output_gradient(dz, sign, y, a, b, c, compute_dtype(y.dtype))
+    return store(dy if skip is None else dy + skip_scale * up(masked(skip, skip_sign)), y.dtype)
+
+
+def bn_add_relu_pool(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """The mean of ``y * scale + shift`` over the pixels: (N, C, 1, 1)."""
+    z = up(y) if scale is None or shift is None else affine(y, scale, shift)
+    return store(z.mean((2, 3), keepdim=True), y.dtype)
+
+
+def bn_add_relu_spread(dz: Tensor, dpool: Tensor) -> Tensor:
+    """``dz + dpool / (H * W)``."""
+    return store(up(dz) + up(dpool) / (dz.shape[2] * dz.shape[3]), dz.dtype)
 
 
 # --- stem -----------------------------------------------------------------------------------------------------------

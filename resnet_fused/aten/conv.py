@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from resnet_fused import backends
 from resnet_fused.aten.batch_norm import statistics as tile_statistics
-from resnet_fused.aten.pointwise import activation, masked, output_gradient, sums
+from resnet_fused.aten.pointwise import activation, masked, output_gradient, prelu, prelu_backward, sums
 from resnet_fused.reference import channels_last, compute_dtype, no_statistics, weight_format
 
 
@@ -40,9 +40,9 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def fprop(x, scale, shift, weight, stride, dilation, groups, statistics):
+def fprop(x, scale, shift, slope, weight, stride, dilation, groups, statistics):
     """The input materialised, the convolution, one statistics pass."""
-    act = activation(x, scale, shift)
+    act, _ = activation(x, scale, shift, slope)
     if _is_product(act, weight, stride):
         act = act[:, :, ::stride, ::stride]
         y = _image(_rows(act) @ weight.flatten(1).t(), act)
@@ -107,18 +107,28 @@ def bind_bias(
     return fused
 
 
-def infer(x, weight, bias, residual, stride, dilation, groups, relu) -> Tensor:
-    """oneDNN's fused convolution on the CPU in fp32; convolution, add and ReLU elsewhere."""
-    return conv_bias(x, weight, bias, residual, stride, _padding(weight, dilation)[0], dilation, groups, relu)
+def infer(x, scale, shift, slope, weight, bias, residual, stride, dilation, groups, relu, out_slope) -> Tensor:
+    """oneDNN's fused convolution on the CPU in fp32; convolution, add and ReLU elsewhere. The rest in passes."""
+    act, _ = activation(x, scale, shift, slope)
+    y = conv_bias(act, weight, bias, residual, stride, _padding(weight, dilation)[0], dilation, groups, relu)
+    return y if out_slope is None else prelu(y, out_slope)
 
 
 def bind_infer(
-    x, weight, bias, residual, stride, dilation, groups, relu, *, overwrite_residual: bool
-) -> Callable[..., Tensor] | None:
+    x, scale, shift, slope, weight, bias, residual, stride, dilation, groups, relu, out_slope, *,
+    overwrite_residual: bool,
+) -> Callable[..., Tensor] | None:  # fmt: skip
     """:func:`infer` with the weight laid out once."""
-    padding = _padding(weight, dilation)[0]
-    args = (stride, padding, dilation, groups, relu)
-    return bind_bias(x, weight, bias, residual, *args, overwrite_residual=overwrite_residual)
+    geometry = (stride, _padding(weight, dilation)[0], dilation, groups)
+    conv = bind_bias(x, weight, bias, residual, *geometry, relu, overwrite_residual=overwrite_residual)
+    if conv is None or (scale is None and out_slope is None):
+        return conv
+
+    def passes(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = conv(activation(x, scale, shift, slope)[0], residual)
+        return y if out_slope is None else prelu(y, out_slope)
+
+    return passes
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
@@ -141,15 +151,21 @@ def _backward(dy, act, weight, stride, dilation, groups, mask):
     return torch.ops.aten.convolution_backward(dy, act, weight, None, *geometry)[:2]
 
 
-def _through_input(dx, act, x, scale, mean, rstd, skip, skip_sign):
+def _through_input(dx, read, x, scale, slope, mean, rstd, skip, skip_sign, skip_scale):
+    """The epilogue as passes, written over ``dx``; ``read`` is what :func:`activation` gave beside the input."""
     none = dx.new_empty((0,), dtype=compute_dtype(dx.dtype))
-    dx = channels_last(dx)
+    dx, dslope = channels_last(dx), none.clone()
+    if skip is not None:
+        dx.add_(masked(skip, skip_sign), alpha=skip_scale)
     if scale is None:
-        return (dx if skip is None else dx.add_(masked(skip, skip_sign))), none, none.clone()
-    dz = torch.ops.aten.threshold_backward.grad_input(dx, act, 0, grad_input=dx)
+        return dx, none, none.clone(), dslope
+    if slope is None:
+        dz = torch.ops.aten.threshold_backward.grad_input(dx, read, 0, grad_input=dx)
+    else:
+        dz, dslope = prelu_backward(dx, read, slope)
     if mean is None:
-        return dz, none, none.clone()
-    return (dz, *sums(dz, x, mean, rstd))
+        return dz, none, none.clone(), dslope
+    return (dz, *sums(dz, x, mean, rstd), dslope)
 
 
 def _adds_into(skip: Tensor | None, skip_sign: Tensor | None, x: Tensor, weight: Tensor, stride: int) -> bool:
@@ -160,34 +176,41 @@ def _adds_into(skip: Tensor | None, skip_sign: Tensor | None, x: Tensor, weight:
     return product and x.dtype == skip.dtype == weight.dtype == torch.float32
 
 
-def dgrad(dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, stride, dilation, groups):
+def dgrad(
+    dz, sign, y, a, b, c, weight, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale,
+    stride, dilation, groups,
+):  # fmt: skip
     """``dy`` materialised, cuDNN's or oneDNN's dgrad, then the epilogue as passes."""
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype)
-    act = activation(x, scale, shift)
+    act, read = activation(x, scale, shift, slope)
     dx, _ = _backward(dy, act, weight, stride, dilation, groups, [True, False])
-    return _through_input(dx, act, x, scale, mean, rstd, skip, skip_sign)
+    return _through_input(dx, read, x, scale, slope, mean, rstd, skip, skip_sign, skip_scale)
 
 
-def wgrad(dz, sign, y, a, b, c, weight, x, scale, shift, stride, dilation, groups, dtype):
+def wgrad(dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride, dilation, groups, dtype):
     """Both operands materialised, cuDNN's or oneDNN's wgrad."""
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype)
-    _, dw = _backward(dy, activation(x, scale, shift), weight, stride, dilation, groups, [False, True])
+    act, _ = activation(x, scale, shift, slope)
+    _, dw = _backward(dy, act, weight, stride, dilation, groups, [False, True])
     return weight_format(dw.to(dtype), weight)
 
 
-def bprop(dz, sign, y, a, b, c, weight, x, scale, shift, mean, rstd, skip, skip_sign, *geometry, consume: bool = False):
+def bprop(
+    dz, sign, y, a, b, c, weight, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale, *geometry,
+    consume: bool = False,
+):  # fmt: skip
     """Both gradients from one materialised ``dy`` and one input; with ``consume`` written over ``dz`` and ``skip``."""
     stride, dilation, groups, dtype = geometry
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype, consume=consume)
-    act = activation(x, scale, shift)
+    act, read = activation(x, scale, shift, slope)
     if consume and _adds_into(skip, skip_sign, x, weight, stride):
         _, dw = _backward(dy, act, weight, stride, dilation, groups, [False, True])
-        into = _rows(skip)
-        torch.addmm(into, _rows(dy), weight.flatten(1), out=into)
-        none = skip.new_empty((0,))
-        return skip, none, none.clone(), weight_format(dw.to(dtype), weight)
-    dx, dw = _backward(dy, act, weight, stride, dilation, groups, [True, True])
-    return (*_through_input(dx, act, x, scale, mean, rstd, skip, skip_sign), weight_format(dw.to(dtype), weight))
+        into, dx, skip = _rows(skip), skip, None
+        torch.addmm(into, _rows(dy), weight.flatten(1), beta=skip_scale, out=into)
+    else:
+        dx, dw = _backward(dy, act, weight, stride, dilation, groups, [True, True])
+    found = _through_input(dx, read, x, scale, slope, mean, rstd, skip, skip_sign, skip_scale)
+    return (*found, weight_format(dw.to(dtype), weight))
 
 
 for _stem in ("conv1x1", "conv3x3"):

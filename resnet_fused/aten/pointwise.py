@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from resnet_fused.reference import bn_sums, channels_last, compute_dtype, per_channel
 
@@ -24,9 +25,29 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor, *, other: Tensor | None = No
     return channels_last(out.relu_() if relu else out)
 
 
-def activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """The tensor a convolution reads."""
-    return x if scale is None or shift is None else affine(x, scale, shift, relu=True)
+def activation(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, slope: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The tensor a convolution reads, and the one whose sign tells what its activation let through."""
+    if scale is None or shift is None:
+        return x, x
+    if slope is None:
+        act = affine(x, scale, shift, relu=True)
+        return act, act
+    z = affine(x, scale, shift, relu=False)
+    return prelu(z, slope), z
+
+
+def prelu(z: Tensor, slope: Tensor) -> Tensor:
+    """``z`` where it is above 0, else ``slope * z``."""
+    return channels_last(F.prelu(z, slope.to(z.dtype)))
+
+
+def prelu_backward(dact: Tensor, z: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``z``, in its dtype, and of the slopes."""
+    # What autograd runs for F.prelu; the gradient of the slopes comes elementwise.
+    dz, dslope = torch.ops.aten._prelu_kernel_backward(dact.to(z.dtype), z, per_channel(slope).to(z.dtype))
+    return channels_last(dz), dslope.sum((0, 2, 3), dtype=slope.dtype)
 
 
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,14 +84,18 @@ def masked(dz: Tensor, sign: Tensor | None) -> Tensor:
     return torch.where(bits.bool(), dz, 0)
 
 
-def output_gradient(dz, sign, y, a, b, c, dtype: torch.dtype, *, consume: bool = False) -> Tensor:
-    """``dy = a * dz' + b * y + c`` in ``dtype``; with ``consume`` it may be written over ``dz``."""
-    if consume and sign is None and b is not None and dz.dtype == y.dtype == a.dtype == dtype:
+def output_gradient(
+    dz, sign, y, a, b, c, dtype: torch.dtype, *, skip=None, skip_scale: float = 1.0, consume: bool = False
+) -> Tensor:
+    """``dy = a * dz' + b * y + c + skip_scale * skip`` in ``dtype``; with ``consume`` it may be written over ``dz``."""
+    if consume and sign is None and b is not None and skip is None and dz.dtype == y.dtype == a.dtype == dtype:
         return torch.addcmul(per_channel(c), dz, per_channel(a), out=dz).addcmul_(y, per_channel(b))
     dz = masked(dz, sign)
     if a is None:
-        return dz.to(dtype)
+        return dz.to(dtype) if skip is None else channels_last(torch.add(dz, skip, alpha=skip_scale).to(dtype))
     wide = a.dtype
     if b is None:
-        return channels_last((dz.to(wide) * per_channel(a)).to(dtype))
-    return channels_last(affine(y.to(wide), b, c, relu=False).addcmul_(dz.to(wide), per_channel(a)).to(dtype))
+        dy = dz.to(wide) * per_channel(a)
+    else:
+        dy = affine(y.to(wide), b, c, relu=False).addcmul_(dz.to(wide), per_channel(a))
+    return channels_last((dy if skip is None else dy.add_(skip, alpha=skip_scale)).to(dtype))

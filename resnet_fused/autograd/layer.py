@@ -24,11 +24,11 @@ class NormSpec(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What is fixed about a convolution and its norm."""
+    """What is fixed about a convolution and the norm behind it, if there is one."""
 
     kernel: int
     conv: Conv
-    norm: NormSpec
+    norm: NormSpec | None
 
 
 class NormParameters(NamedTuple):
@@ -40,6 +40,28 @@ class NormParameters(NamedTuple):
     running_var: Tensor | None
 
 
+class Parameters(NamedTuple):
+    """Tensors of a convolution and of the norm behind it; of a norm alone, with None for the convolution's.
+
+    A norm takes a constant per channel out of what it normalises, so no convolution ever adds its bias: under batch
+    statistics it only moves the running mean, under frozen ones it is part of the shift.
+    """
+
+    conv_weight: Tensor | None
+    conv_bias: Tensor | None
+    norm: NormParameters
+
+    @classmethod
+    def split(cls, flat: Sequence[Tensor | None]) -> list[Parameters]:
+        """From ``TENSORS`` tensors each."""
+        return [
+            cls(flat[i], flat[i + 1], NormParameters(*flat[i + 2 : i + TENSORS])) for i in range(0, len(flat), TENSORS)
+        ]
+
+
+TENSORS = 6  # of Parameters, flat
+
+
 class NormResult(NamedTuple):
     """A norm applied to a batch; ``counts`` and ``var`` are None for frozen statistics."""
 
@@ -49,13 +71,20 @@ class NormResult(NamedTuple):
 
 
 def normalise(
-    spec: NormSpec, parameters: NormParameters, tiles: TileStatistics | None, dtype: torch.dtype
+    spec: NormSpec,
+    parameters: NormParameters,
+    tiles: TileStatistics | None,
+    dtype: torch.dtype,
+    conv_bias: Tensor | None = None,
 ) -> NormResult:
     """Resolve a norm from its batch's tiles (merged across ranks if it is synchronised) or its running statistics."""
     weight, bias, running_mean, running_var = parameters
     if spec.frozen or tiles is None:
         assert running_mean is not None
         assert running_var is not None
+        if conv_bias is not None:
+            wide = compute_dtype(dtype)
+            running_mean = running_mean.to(wide) - conv_bias.to(wide)
         norm = ops.batch_norm.frozen(weight, bias, running_mean, running_var, spec.eps, compute_dtype(dtype))
         return NormResult(norm, None, None)
     if spec.group is not None:
@@ -116,9 +145,10 @@ def conv_backward(
     need_dx: bool,
     need_dw: bool,
     skip: Gradient | None = None,
+    skip_scale: float = 1.0,
     consume: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``(dx, dbeta, dgamma, dw)`` of one convolution, whichever are wanted; ``weight`` is the parameter itself.
+) -> tuple[Tensor | None, ...]:
+    """``(dx, dbeta, dgamma, dslope, dw)`` of one convolution, whichever are wanted; ``weight`` is the parameter itself.
 
     With ``consume`` the tensors ``grad.dz`` and ``skip.dz`` may be written over.
     """
@@ -126,12 +156,13 @@ def conv_backward(
     dtype = (x if isinstance(x, Tensor) else x.y).dtype
     operand = weight.to(dtype)
     if need_dx and need_dw:
-        return op.bprop(grad, operand, x, norm, layer.conv, dtype=weight.dtype, skip=skip, consume=consume)
+        skipped = {"skip": skip, "skip_scale": skip_scale}
+        return op.bprop(grad, operand, x, norm, layer.conv, dtype=weight.dtype, consume=consume, **skipped)
     if need_dx:
-        return (*op.dgrad(grad, operand, x, norm, layer.conv, skip=skip), None)
+        return (*op.dgrad(grad, operand, x, norm, layer.conv, skip=skip, skip_scale=skip_scale), None)
     if need_dw:
-        return None, None, None, op.wgrad(grad, operand, x, layer.conv, dtype=weight.dtype)
-    return None, None, None, None
+        return None, None, None, None, op.wgrad(grad, operand, x, layer.conv, dtype=weight.dtype)
+    return None, None, None, None, None
 
 
 def like(gradient: Tensor | None, parameter: Tensor | None, needed: bool) -> Tensor | None:
@@ -158,7 +189,11 @@ def same_backend(name: str | None) -> Any:
 
 
 def differentiable_backward(
-    ctx: Any, composition: Callable[..., Tensor], synchronised: bool, dout: Tensor, inputs: Sequence[Tensor | None]
+    ctx: Any,
+    composition: Callable[..., tuple[Tensor, ...]],
+    synchronised: bool,
+    douts: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, from ``composition(ctx.spec, *inputs)`` in PyTorch's operators.
 
@@ -171,10 +206,12 @@ def differentiable_backward(
             "run the model inside resnet_fused.disabled()"
         )
     needs = ctx.needs_input_grad[1:]
-    with torch.enable_grad(), no_autocast(dout):
+    given = [(i, dout) for i, dout in enumerate(douts) if dout is not None]
+    with torch.enable_grad(), no_autocast(given[0][1]):
         # Views, so that a gradient ends at its own input where another input was computed from that one (tied weights).
         views = [None if t is None else t.view_as(t) for t in inputs]
-        out = composition(ctx.spec, *views)
+        outs = composition(ctx.spec, *views)
         wanted = [t for t, need in zip(views, needs, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, allow_unused=True))
+        pairs = [(outs[i], dout.to(outs[i].dtype)) for i, dout in given]
+        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [d for _, d in pairs], create_graph=True, allow_unused=True))
     return (None, *(next(found) if need else None for need in needs))

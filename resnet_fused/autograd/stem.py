@@ -57,7 +57,7 @@ class StemFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = (y, weight, bias, mean, var)
-            return differentiable_backward(ctx, composition, spec.group is not None, dout, inputs)
+            return differentiable_backward(ctx, composition, spec.group is not None, [dout], inputs)
         result = NormResult(Norm(*norm), count, None)
         dout = channels_last(dout)
         with no_autocast(dout), same_backend(ctx.backend):
@@ -72,9 +72,9 @@ class StemFunction(torch.autograd.Function):
         return None, dy, like(dgamma, weight, need_weight), like(dbeta, bias, need_bias), None, None
 
 
-def composition(spec: NormSpec, y: Tensor, weight, bias, mean, var) -> Tensor:
+def composition(spec: NormSpec, y: Tensor, weight, bias, mean, var) -> tuple[Tensor]:
     """The stem's end as PyTorch's own operators, differentiable any number of times."""
     if not spec.frozen:
         mean = var = None
     z = F.batch_norm(y, mean, var, weight, bias, not spec.frozen, 0.0, spec.eps)
-    return F.max_pool2d(F.relu(z), 3, 2, 1)
+    return (F.max_pool2d(F.relu(z), 3, 2, 1),)

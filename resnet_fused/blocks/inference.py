@@ -18,9 +18,12 @@ from torch._subclasses import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from resnet_fused import backends, ops
+from resnet_fused.autograd.layer import no_autocast
 from resnet_fused.blocks import norms, paths
-from resnet_fused.operands import Conv
-from resnet_fused.reference import channels_last, compute_dtype
+from resnet_fused.blocks.layout import channels_last, eager_format, operand_dtype
+from resnet_fused.blocks.structure import Structure, chain_shape, geometry, sum_like
+from resnet_fused.operands import Deferred, Mix, Norm
+from resnet_fused.reference import compute_dtype
 
 Step = Callable[[Tensor, Tensor | None], Tensor]
 """A convolution with folded norm, bound to its kernel: (x, residual) -> out."""
@@ -34,28 +37,146 @@ class Folded(NamedTuple):
 
 
 def fold(conv: nn.Conv2d, norm: Any, dtype: torch.dtype) -> Folded:
-    """Fold ``norm``'s running statistics into ``conv``'s weight, in fp32 (fp64), rounded once."""
+    """Fold ``norm``'s running statistics (and the bias) into ``conv``'s weight, in fp32 (fp64), rounded once."""
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():  # what is kept may be used outside inference mode
             return fold(conv, norm, dtype)
     wide = compute_dtype(dtype)
+    if norm is None:
+        bias = conv.weight.new_zeros(conv.out_channels, dtype=wide) if conv.bias is None else conv.bias.to(wide)
+        return Folded(channels_last(conv.weight.to(dtype)), bias)
+    resolved = frozen_norm(norm, wide)
+    weight = conv.weight.to(wide) * resolved.scale.view(-1, 1, 1, 1)
+    shift = resolved.shift if conv.bias is None else torch.addcmul(resolved.shift, conv.bias.to(wide), resolved.scale)
+    return Folded(channels_last(weight.to(dtype)), shift)
+
+
+def frozen_norm(norm: Any, wide: torch.dtype) -> Norm:
+    """``norm``'s running statistics as scale and shift in ``wide``."""
     gamma, beta, mean, var = norms.parameters(norm)
     assert mean is not None  # only frozen norms are folded
     assert var is not None
-    resolved = ops.batch_norm.frozen(gamma, beta, mean, var, norm.eps, wide)
-    weight = conv.weight.to(wide) * resolved.scale.view(-1, 1, 1, 1)
-    return Folded(channels_last(weight.to(dtype)), resolved.shift)
+    return ops.batch_norm.frozen(gamma, beta, mean, var, norm.eps, wide)
 
 
-def bind(
-    conv: nn.Conv2d, norm: Any, x: Tensor, residual: Tensor | None, *, relu: bool, overwrite_residual: bool = False
-) -> Step:
-    """The convolution with its norm folded, bound to the kernel that runs inputs like ``x`` and ``residual``."""
-    weight, bias = fold(conv, norm, x.dtype)
-    geometry = Conv(conv.stride[0], conv.dilation[0], conv.groups)
-    return ops.conv(conv.kernel_size[0]).bind(
-        x, weight, bias, geometry, residual=residual, relu=relu, overwrite_residual=overwrite_residual
-    )
+class Program:
+    """A block's inference for inputs like ``x``: every convolution is bound to its kernel by the first call."""
+
+    def __init__(self, structure: Structure, x: Tensor, backend: str) -> None:
+        self._structure, self._dtype, self._backend = structure, operand_dtype(x), backend
+        self._plain = eager_format(x, structure.chain) != torch.channels_last
+        self._steps: dict[str, Step] = {}
+        unit, wide = structure.unit, compute_dtype(self._dtype)
+        self._pre = None if unit.pre is None else frozen_norm(unit.pre, wide)
+        self._post = None if unit.post is None else frozen_norm(unit.post, wide)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._backend == "auto" or torch.compiler.is_compiling():
+            return self._run(x)
+        with backends.use_backend(self._backend):
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        structure, unit = self._structure, self._structure.unit
+        mixing = unit.mixing
+        mix = Mix() if mixing is None else mixing.mix()
+        total = sum_like(structure, x, self._dtype) if mix.gated else None
+        gate = mixing.gate(x, total) if mix.gated and not mixing.reads_branch else None
+        with no_autocast(x):
+            source = self._source(x)
+            read = source if structure.before is None else self._written(source)
+        residual = x if structure.before is None else structure.before(read)
+        with no_autocast(x):
+            residual, scratch = self._residual(x, read, residual)
+            h: Tensor | Deferred = read
+            for i, (conv, norm) in enumerate(structure.chain[:-1]):
+                h = self._conv(f"{i}", conv, norm, h, None, relu=unit.prelu is None, slope=unit.prelu)
+            conv, norm = structure.chain[-1]
+            if mix == Mix() and not unit.branch_relu:
+                # The sum, and the ReLU if nothing stands between, come with the last convolution.
+                relu, slope = (False, None) if self._post is not None else (unit.relu, unit.end_prelu)
+                relu = relu and slope is None
+                out = self._conv("end", conv, norm, h, residual, relu=relu, slope=slope, overwrite_residual=scratch)
+            else:
+                out = self._conv("last", conv, norm, h, None, relu=unit.branch_relu)
+        if mix.gated and mixing.reads_branch:
+            gate = mixing.gate(ops.bn_add_relu.pool(out), total)
+        with no_autocast(x):
+            if mix != Mix() or unit.branch_relu:
+                slopes = _slopes(unit.end_prelu, out.shape[1], self._dtype)
+                relu = unit.relu and self._post is None
+                out, *_ = ops.bn_add_relu.forward(
+                    out, residual, sign=False, mix=mix, gate=gate, relu=relu and slopes is None, slope=slopes
+                )
+            if self._post is not None:
+                normed = Deferred(out, self._post.scale, self._post.shift)
+                out, *_ = ops.bn_add_relu.forward(normed, None, sign=False, relu=unit.relu)
+        return out.contiguous() if self._plain else out
+
+    def _source(self, x: Tensor) -> Tensor | Deferred:
+        """What the chain reads."""
+        h = self._operand(x)
+        if self._pre is not None:
+            return Deferred(h, self._pre.scale, self._pre.shift)
+        if self._structure.unit.pre_relu:
+            one = h.new_ones(h.shape[1], dtype=compute_dtype(h.dtype))
+            return Deferred(h, one, torch.zeros_like(one))
+        return h
+
+    def _written(self, source: Tensor | Deferred) -> Tensor:
+        """What the chain reads, for modules of PyTorch's that read it too."""
+        return source if isinstance(source, Tensor) else ops.bn_add_relu.forward(source, None, sign=False)[0]
+
+    def _residual(self, x: Tensor, read: Tensor | Deferred, shortcut: Tensor) -> tuple[Tensor | None, bool]:
+        """What is added to the branch, and whether it may be written over."""
+        structure = self._structure
+        if not structure.unit.has_shortcut:
+            return None, False
+        if structure.projection is not None:
+            source = read if structure.before is None else self._operand(shortcut)
+            return self._conv("projection", *structure.projection, source, None, relu=False), True
+        if structure.before is not None:  # a sum broadcasts
+            shortcut = shortcut.expand(chain_shape(structure, tuple(x.shape)))
+        return self._operand(shortcut), False
+
+    def _operand(self, t: Tensor) -> Tensor:
+        return channels_last(t.to(self._dtype))
+
+    def _conv(
+        self,
+        name: str,
+        conv: nn.Conv2d,
+        norm: Any,
+        h: Tensor | Deferred,
+        residual: Tensor | None,
+        *,
+        relu: bool,
+        slope: nn.PReLU | None = None,
+        overwrite_residual: bool = False,
+    ) -> Tensor:
+        """One convolution with its norm folded, bound at the first call."""
+        x = h if isinstance(h, Tensor) else h.y
+        step = self._steps.get(name)
+        if step is None:
+            weight, bias = fold(conv, norm, self._dtype)
+            step = self._steps[name] = ops.conv(conv.kernel_size[0]).bind(
+                h,
+                weight,
+                bias,
+                geometry(conv),
+                residual=residual,
+                relu=relu,
+                slope=_slopes(slope, conv.out_channels, self._dtype),
+                overwrite_residual=overwrite_residual,
+            )
+        return step(x, residual)
+
+
+def _slopes(prelu: nn.PReLU | None, channels: int, dtype: torch.dtype) -> Tensor | None:
+    """A PReLU's slopes as the vector that ops take."""
+    if prelu is None:
+        return None
+    return prelu.weight.detach().to(compute_dtype(dtype)).expand(channels).contiguous()
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ __all__ = [
 class Mixing(nn.Module):
     """Base of the rules; one that a unit is not given is the plain sum ``F + S``."""
 
+    has_shortcut = True  # whether the sum has a shortcut at all
     reads_branch = False  # whether the gate is computed from the branch
 
     def mix(self) -> Mix:
@@ -54,8 +55,7 @@ class Mixing(nn.Module):
 class NoShortcut(Mixing):
     """``F``: a plain network, for the degradation experiment of arXiv 1512.03385."""
 
-    def mix(self) -> Mix:
-        return Mix(shortcut=0.0)
+    has_shortcut = False
 
     def forward(self, x: Tensor, branch: Tensor, shortcut: Tensor) -> Tensor:
         return branch

@@ -8,6 +8,7 @@ from torch import nn
 
 from resnet_fused.blocks.paths import Reason
 from resnet_fused.blocks.residual import FusedResidual
+from resnet_fused.blocks.structure import Unit
 
 
 def activation_reason(*activations: nn.Module) -> Reason | None:
@@ -40,3 +41,77 @@ class FusedBottleneck(FusedResidual):
 
     def _declined(self: Any) -> Reason | None:
         return activation_reason(self.relu)
+
+
+class _FusedUnit(FusedResidual):
+    """A unit of :mod:`resnet_fused.blocks.plain_units`."""
+
+    emit_statistics = False  # whether the next module normalises this unit's output: it is then handed the statistics
+
+    def _unit(self: Any) -> Unit:
+        end = self._last_norm()
+        return Unit(
+            pre=self.bn1 if self.preactivate and self.unit == "full_preact" else None,
+            pre_relu=self.preactivate and self.unit == "relu_preact",
+            branch_relu=self.unit == "relu_before_add",
+            mixing=self.mixing,
+            post=end if self.unit == "bn_after_add" else None,
+            relu=self.unit in ("original", "bn_after_add"),
+            promotes=True,
+        )
+
+    def _pairs(self: Any, convs: list[Any], bns: list[Any]):
+        """Each convolution with the norm that follows it before the sum."""
+        if self.unit == "full_preact":
+            bns = [*bns[1:], None]
+        elif self.unit == "bn_after_add":
+            bns = [*bns[:-1], None]
+        return tuple(zip(convs, bns, strict=True))
+
+    def _declined(self: Any) -> Reason | None:
+        return activation_reason(self.relu)
+
+
+class FusedBasicUnit(_FusedUnit):
+    """A unit of ``conv1, bn1, conv2, bn2``."""
+
+    kind = "basic"
+
+    def _chain(self: Any):
+        return self._pairs([self.conv1, self.conv2], [self.bn1, self.bn2])
+
+    def _last_norm(self: Any):
+        return self.bn2
+
+
+class FusedBottleneckUnit(_FusedUnit):
+    """A unit of ``conv1, bn1, conv2, bn2, conv3, bn3``."""
+
+    kind = "bottleneck"
+
+    def _chain(self: Any):
+        return self._pairs([self.conv1, self.conv2, self.conv3], [self.bn1, self.bn2, self.bn3])
+
+    def _last_norm(self: Any):
+        return self.bn3
+
+
+class FusedPReLU(FusedResidual):
+    """A block of ``conv1, bn1, prelu, conv2, bn2`` around an identity shortcut."""
+
+    kind = "prelu"
+    downsample = None
+
+    def _chain(self: Any):
+        return (self.conv1, self.bn1), (self.conv2, self.bn2)
+
+    def _unit(self: Any) -> Unit:
+        end = self.prelu if self.final_activation else None
+        return Unit(prelu=self.prelu, relu=False, end_prelu=end, promotes=True)
+
+    def _declined(self: Any) -> Reason | None:
+        if type(self.prelu) is not nn.PReLU:
+            return Reason("activation", f"activation {type(self.prelu).__name__} is not nn.PReLU")
+        if self.prelu.weight.numel() not in (1, self.conv1.out_channels):
+            return Reason("activation", f"{self.prelu.weight.numel()} slopes for {self.conv1.out_channels} channels")
+        return None

@@ -47,6 +47,8 @@ class PlainUnit(nn.Module):
         self.unit = check_unit(name, unit)
         if mixing is not None and not isinstance(mixing, Mixing):
             raise TypeError(f"{name}: expected mixing to be None or a Mixing module, got {type(mixing).__name__}")
+        if downsample is not None and mixing is not None and not mixing.has_shortcut:
+            raise ValueError(f"{name}: expected downsample to be None without a shortcut, got {downsample}")
         self.preactivate = preactivate and unit in PREACTIVATED
         self.relu = nn.ReLU()
         self.downsample = downsample
@@ -204,3 +206,16 @@ class PlainPReLUBlock(nn.Module):
         residual = self.bn2(self.conv2(self.prelu(self.bn1(self.conv1(x)))))
         total = x + residual
         return self.prelu(total) if self.final_activation else total
+
+
+class PlainNormReLU(nn.Module):
+    """``relu(bn(x))``."""
+
+    def __init__(self, channels: int, norm_layer: Callable[..., nn.Module] | None = None) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.bn = norm_layer(channels)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(x))

@@ -37,6 +37,31 @@ def device(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -> Non
         fail(op, name, f"on {other_name}'s device {other.device}", f"device {t.device}")
 
 
+def floating(op: str, name: str, dtype: torch.dtype) -> None:
+    """A dtype that activations may have."""
+    if dtype not in FLOATING:
+        fail(op, name, "floating", dtype, TypeError)
+
+
+def mix(op: str, weights: Any, gate: Tensor | None, total: Tensor) -> None:
+    """Four weights of a block's sum, and the gate exactly where they use one."""
+    weights = tuple(weights)
+    if len(weights) != 4:
+        fail(op, "mix", "of 4 weights (branch, branch_gate, shortcut, shortcut_gate)", weights)
+    used = weights[1] != 0 or weights[3] != 0
+    if gate is None:
+        if used:
+            fail(op, "gate", f"with mix {weights}", None)
+        return
+    if not used:
+        fail(op, "gate", f"None with mix {weights}", f"shape {tuple(gate.shape)}")
+    activation(op, "gate", gate)
+    if any(size != 1 and size != full for size, full in zip(gate.shape, total.shape, strict=True)):
+        fail(op, "gate", f"to broadcast against {tuple(total.shape)}", f"shape {tuple(gate.shape)}")
+    if gate.device != total.device:
+        fail(op, "gate", f"on device {total.device}", f"device {gate.device}")
+
+
 def parameters(op: str, mean: Tensor, **vectors: Tensor | None) -> None:
     """Each of a norm's parameters that is given has the channels and device of ``mean``; any dtype."""
     for name, v in vectors.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends
+from resnet_fused.reference import compute_dtype
 
 NAMESPACE = "resnet_fused"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -75,3 +76,15 @@ def _watched(x: Any) -> bool:
 def empty_channels_last(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised 4-d tensor in channels_last on ``like``'s device."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def empty_channels(like: Tensor, given: bool = True) -> Tensor:
+    """An uninitialised vector of ``like``'s channels in the accumulation dtype, of no element unless ``given``."""
+    return like.new_empty((like.shape[1] if given else 0,), dtype=compute_dtype(like.dtype))
+
+
+def empty_tiles(y: Tensor, given: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised statistics of ``y``: of one tile, or of none."""
+    tiles = 1 if given else 0
+    mean = y.new_empty((tiles, y.shape[1]), dtype=compute_dtype(y.dtype))
+    return y.new_empty((tiles,), dtype=torch.int32), mean, torch.empty_like(mean)

@@ -35,7 +35,9 @@ _forward = Op("stem_forward(Tensor y, Tensor scale, Tensor shift) -> Tensor", _c
 
 def forward(y: Deferred) -> Tensor:
     """``max_pool2d(relu(y.y * y.scale + y.shift), 3, 2, 1)``, (N, C, ceil(H / 2), ceil(W / 2))."""
-    return _forward(*y)
+    if y.slope is not None:
+        _check.fail("stem_forward", "y", "without a slope", f"shape {tuple(y.slope.shape)}")
+    return _forward(y.y, y.scale, y.shift)
 
 
 def _check_infer(x, weight, bias, stride, padding) -> None:

@@ -1,0 +1,81 @@
+"""``relu(bn(x))`` of a tensor that no convolution of ours wrote: the end of a pre-activated network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnet_fused import ops
+from resnet_fused.autograd.branch import norm_composition
+from resnet_fused.autograd.end import norm_relu_backward
+from resnet_fused.autograd.layer import (
+    NormParameters,
+    NormResult,
+    NormSpec,
+    Parameters,
+    differentiable_backward,
+    forced_backend,
+    no_autocast,
+    normalise,
+    same_backend,
+)
+from resnet_fused.autograd.residual import known
+from resnet_fused.operands import Deferred, Norm
+from resnet_fused.reference import channels_last
+
+
+class NormReLUFunction(torch.autograd.Function):
+    """``(out, mean, var)``; the moments are missing under frozen statistics.
+
+    Args (of ``apply``):
+        spec: NormSpec.
+        x: (N, C, H, W) channels_last.
+        counts, mean, m2: statistics of ``x`` where they are known, else None.
+        parameters: weight, bias, running mean and variance of the norm.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: NormSpec, x: Tensor, counts, mean, m2, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        tiles = known(counts, mean, m2)
+        if tiles is None and not spec.frozen:
+            tiles = ops.batch_norm.statistics(x)
+        result = normalise(spec, NormParameters(*parameters), tiles, x.dtype)
+        needs_gradient = any(ctx.needs_input_grad)
+        normed = Deferred(x, result.norm.scale, result.norm.shift)
+        out, sign, _ = ops.bn_add_relu.forward(normed, None, sign=needs_gradient)
+        moments: list[Any] = [] if result.counts is None else [result.norm.mean, result.var]
+        ctx.mark_non_differentiable(*moments)
+        if needs_gradient:
+            ctx.spec, ctx.backend = spec, forced_backend()
+            ctx.set_materialize_grads(False)
+            kept = parameters if spec.frozen else (*parameters[:2], None, None)
+            ctx.save_for_backward(x, sign, *result.norm, result.counts, *kept)
+        return (out, *moments)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        spec: NormSpec = ctx.spec
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, sign, *norm, counts, weight, bias, mean, var = ctx.saved_tensors
+        parameters = NormParameters(weight, bias, mean, var)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs = (x, None, None, None, *parameters)
+            return differentiable_backward(ctx, composition, spec.group is not None, [dout], inputs)
+        needs = ctx.needs_input_grad
+        with no_autocast(dout), same_backend(ctx.backend):
+            found = Parameters(None, None, parameters)
+            result = NormResult(Norm(*norm), counts, None)
+            need = (False, False, *needs[5:])
+            dx, gradients = norm_relu_backward(spec, channels_last(dout), sign, x, result, found, need)
+        return None, dx if needs[1] else None, None, None, None, *gradients[2:]
+
+
+def composition(spec: NormSpec, x: Tensor, counts, mean, m2, *parameters: Tensor | None) -> tuple[Tensor]:
+    """``relu(bn(x))`` as PyTorch's own operators."""
+    return (F.relu(norm_composition(spec, x, Parameters(None, None, NormParameters(*parameters)))),)

@@ -1,0 +1,157 @@
+"""A fused block's training path: the deferred algorithm with its gradients, batch statistics, frozen ones or a mixture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet_fused.autograd.branch import BranchSpec
+from resnet_fused.autograd.end import EndSpec
+from resnet_fused.autograd.gated import BranchFunction, EndFunction, HalfSpec
+from resnet_fused.autograd.layer import Layer, no_autocast
+from resnet_fused.autograd.norm_relu import NormReLUFunction
+from resnet_fused.autograd.residual import Inputs, ResidualFunction, ResidualSpec
+from resnet_fused.blocks import carried, norms
+from resnet_fused.blocks.layout import channels_last, like_eager, operand_dtype
+from resnet_fused.blocks.structure import (
+    ConvNorm,
+    Structure,
+    chain_shape,
+    check_batches,
+    check_projection,
+    geometry,
+    sources,
+    sum_like,
+)
+from resnet_fused.operands import Mix, TileStatistics
+
+
+def train(block: Any, structure: Structure, x: Tensor) -> Tensor:
+    """The block's output for ``x``; moves running statistics as PyTorch does."""
+    unit, dtype, read = structure.unit, operand_dtype(x), x
+    check_batches(structure, tuple(x.shape))
+    if structure.before is not None and unit.preactivated:
+        # Modules of PyTorch's read the pre-activated tensor too, so it has to be written.
+        read = F.relu(x) if unit.pre is None else norm_relu(unit.pre, x)
+        structure = structure._replace(unit=unit._replace(pre=None, pre_relu=False))
+    shortcut = _outside(structure, x, read, dtype)
+    tiles = carried.received(x) if structure.unit.pre is not None and x.dtype == dtype else None
+    mixing, total = unit.mixing, None
+    mix = Mix() if mixing is None else mixing.mix()
+    if mix.gated:
+        total = sum_like(structure, x, dtype)
+    gate = mixing.gate(x, total) if mix.gated and not mixing.reads_branch else None
+    with no_autocast(x):
+        inputs = Inputs(
+            channels_last(read.to(dtype)),
+            shortcut,
+            gate,
+            None if unit.prelu is None else unit.prelu.weight,
+            None if unit.end_prelu is None else unit.end_prelu.weight,
+            *(tiles or ()),
+        )
+    emits = getattr(block, "emit_statistics", False) and block.training and not torch.compiler.is_compiling()
+    branch = _branch_spec(structure, dtype)
+    end = EndSpec(
+        mix,
+        unit.has_shortcut,
+        unit.branch_relu,
+        None if unit.post is None else norms.spec(unit.post),
+        unit.relu,
+        bool(emits),
+    )
+    if mix.gated and mixing.reads_branch:
+        out, statistics, moments = _gated(structure, mixing, total, branch, end, inputs)
+    else:
+        spec = ResidualSpec(branch, end, torch.is_grad_enabled())
+        with no_autocast(x):
+            out, *moments = ResidualFunction.apply(spec, *inputs, *sources(structure))
+        statistics, moments = (moments[:3], moments[3:]) if emits else (None, moments)
+    _update(structure.norms, moments)
+    out = like_eager(out, x, structure.chain)
+    if statistics is not None:
+        carried.hand_on(out, TileStatistics(*statistics))
+    return out
+
+
+def _gated(structure: Structure, mixing: Any, total: Any, branch: BranchSpec, end: EndSpec, inputs: Inputs):
+    """Branch, gate, end; a norm of the sum comes after."""
+    x, post = inputs.x, structure.unit.post
+    flat = sources(structure if post is None else structure._replace(unit=structure.unit._replace(post=None)))
+    with no_autocast(x):
+        y, side, pooled, *vectors = BranchFunction.apply(HalfSpec(branch, end.branch_relu), *inputs, *flat)
+    vectors, moments = vectors[:4], vectors[4:]
+    gate = mixing.gate(pooled, total)
+    if inputs.shortcut is not None and structure.projection is None:
+        side = inputs.shortcut
+    if not end.shortcut:
+        side = None
+    scale, shift, side_scale, side_shift = vectors
+    plain = EndSpec(end.mix, end.shortcut, False, None, end.relu and post is None, end.statistics and post is None)
+    with no_autocast(x):
+        out, *statistics = EndFunction.apply(
+            plain, y, side, scale, shift, side_scale, side_shift, gate, inputs.end_slope
+        )
+    if post is not None:
+        out, *post_moments = _norm_relu(post, out, None)
+        moments = [*moments, *post_moments]
+    return out, statistics or None, moments
+
+
+def _outside(structure: Structure, x: Tensor, read: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What the projection reads or the sum adds, where that is not the tensor that the branch has anyway."""
+    if not structure.unit.has_shortcut:
+        return None
+    projected = structure.projection is not None
+    shortcut = x
+    if structure.before is not None:
+        shortcut = structure.before(read)
+        if not projected:
+            shortcut = shortcut.expand(chain_shape(structure, tuple(x.shape)))  # a sum broadcasts
+    check_projection(structure, tuple(shortcut.shape))
+    if structure.before is None and (projected or x.dtype == dtype):
+        return None
+    return channels_last(shortcut.to(dtype) if projected else shortcut)
+
+
+def _branch_spec(structure: Structure, dtype: torch.dtype) -> BranchSpec:
+    unit = structure.unit
+    return BranchSpec(
+        tuple(_layer(pair) for pair in structure.chain),
+        None if structure.projection is None else _layer(structure.projection),
+        dtype,
+        None if unit.pre is None else norms.spec(unit.pre),
+        unit.pre_relu,
+    )
+
+
+def _layer(pair: ConvNorm) -> Layer:
+    conv, norm = pair
+    return Layer(conv.kernel_size[0], geometry(conv), None if norm is None else norms.spec(norm))
+
+
+def _update(modules: list[Any], moments: list[Tensor]) -> None:
+    remaining = iter(moments)
+    for norm in modules:
+        if norm is not None and norms.batch_statistics(norm):
+            norms.update_running(norm, next(remaining), next(remaining))
+
+
+# --- a norm and its ReLU alone ----------------------------------------------------------------------------------------
+
+
+def norm_relu(norm: Any, x: Tensor) -> Tensor:
+    """``relu(norm(x))`` in one pass, running statistics included; ``x`` in any memory format."""
+    norms.check_batch(norm, tuple(x.shape))
+    with no_autocast(x):
+        out, *moments = _norm_relu(norm, channels_last(x), carried.received(x))
+    _update([norm], moments)
+    return like_eager(out, x, ())
+
+
+def _norm_relu(norm: nn.Module, x: Tensor, tiles: TileStatistics | None) -> tuple[Tensor, ...]:
+    return NormReLUFunction.apply(norms.spec(norm), x, *(tiles or (None, None, None)), *norms.parameters(norm))
+
