@@ -636,7 +636,7 @@ def test_children_may_change_after_the_swap(x):
             torch.manual_seed(1)
             change(model.train()), model.eval()
         assert_same_step(step(fused, x), step(plain, x), TOLERANCE)
-    assert {s.reason for s in explain(fused, x).steps} == {"norm", "activation", "conv", "pool"}
+    assert {s.reason for s in explain(fused, x).steps} == {"norm", "activation", "pool", None}
 
 
 def test_forward_of_one_instance(x):

@@ -158,9 +158,11 @@ def moments(results: Sequence[NormResult | None], parameters: Sequence[Parameter
 class Wanted:
     """Which gradients of a branch are asked for, and what has to be computed for them."""
 
-    def __init__(self, spec: BranchSpec, x: bool, shortcut: bool, parameters: Sequence[Sequence[bool]]) -> None:
-        self.spec, self.x, self.shortcut, self.parameters = spec, x, shortcut, parameters
+    def __init__(self, spec: BranchSpec, x: bool, shortcut: bool | None, parameters: Sequence[Sequence[bool]]) -> None:
+        """``shortcut`` is None where no tensor is given: the projection reads what the chain reads."""
+        self.spec, self.x, self.parameters = spec, x, parameters
         self.source = x or (spec.pre is not None and any(parameters[-1]))  # the gradient of what the chain reads
+        self.shortcut = self.source if shortcut is None else shortcut  # of what the projection reads
 
     def below(self, i: int) -> bool:
         """Whether anything that layer ``i`` reads wants a gradient."""
@@ -262,9 +264,8 @@ def backward(
     skip: Gradient | None = None
     identity = None  # the shortcut's gradient where it is the unit's input itself
     if spec.projection is not None and into_shortcut is not None:
-        below = wanted.source if shortcut is None else wanted.shortcut
         reads = branch.source if shortcut is None else shortcut
-        dx, *_ = layer_backward(last + 1, into_shortcut, reads, None, below)
+        dx, *_ = layer_backward(last + 1, into_shortcut, reads, None, wanted.shortcut)
         if shortcut is None:
             skip = None if dx is None else Gradient(dx)
         else:

@@ -97,7 +97,7 @@ class BranchFunction(torch.autograd.Function):
             branch = Branch(source, rest[:layers], results)
             needs = ctx.needs_input_grad[1:]
             each = [needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)]
-            wanted = Wanted(spec, needs[0], needs[1], each)
+            wanted = Wanted(spec, needs[0], None if shortcut is None else needs[1], each)
             dz = channels_last(df)
             if dpool is not None:
                 dz = ops.bn_add_relu.spread(dz, dpool)

@@ -165,12 +165,11 @@ def _backward(
     each = [needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)]
     own_needs, post_needs = spec.split(each)
     own, post = spec.split(parameters)
-    wanted = Wanted(spec.branch, need["x"], need["shortcut"], own_needs)
+    wanted = Wanted(spec.branch, need["x"], None if inputs.shortcut is None else need["shortcut"], own_needs)
     last, projected = spec.branch.last, spec.branch.projection is not None
     added = branch.ys[last + 1] if projected else inputs.x if inputs.shortcut is None else inputs.shortcut
     if projected:
-        any_parameter = any(own_needs[last + 1])
-        need_shortcut = any_parameter or (wanted.source if inputs.shortcut is None else need["shortcut"])
+        need_shortcut = wanted.shortcut or any(own_needs[last + 1])
     else:
         need_shortcut = need["x"] if inputs.shortcut is None else need["shortcut"]
     dout = channels_last(dout)
