@@ -15,12 +15,17 @@ from torch import nn
 from resnet_fused import config
 from resnet_fused.adapters import fused_classes
 from resnet_fused.blocks import inference
+from resnet_fused.blocks.norm_relu import FusedNorm
 from resnet_fused.blocks.paths import Reason
-from resnet_fused.blocks.residual import FusedResidual, read
+from resnet_fused.blocks.residual import FusedResidual
 from resnet_fused.blocks.stem import FusedStem, stem_reason
+from resnet_fused.blocks.structure import read
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[str, nn.Module], bool]
+
+FUSED = (FusedResidual, FusedStem, FusedNorm)
+"""Mixins of all that :func:`fuse` makes."""
 
 
 def reason_to_decline(module: Any) -> Reason | None:
@@ -28,11 +33,13 @@ def reason_to_decline(module: Any) -> Reason | None:
     if isinstance(module, FusedResidual):
         found = read(module)
         return found if isinstance(found, Reason) else None
+    if isinstance(module, FusedNorm):
+        return module._declined()
     return stem_reason(module._stem_parts())
 
 
 def fuse(model: Model, *, backend: str = "auto", filter_fn: Filter | None = None, strict: bool = False) -> Model:
-    """Swap every residual block and stem that a fused class exists for, in place; idempotent.
+    """Swap every residual block, stem and final norm that a fused class exists for, in place; idempotent.
 
     The convolutions of fused blocks take the channels_last memory format (the same Parameters, other strides), so that
     activations stay in it from the stem on, as they do in PyTorch with channels_last weights.
@@ -124,7 +131,7 @@ def candidates(model: nn.Module) -> list[tuple[str, Any]]:
     found = []
     for name, module in model.named_modules():
         fused = classes.get(type(module))
-        if isinstance(module, (FusedResidual, FusedStem)):
+        if isinstance(module, FUSED):
             found.append((name, module))
         elif fused is not None and getattr(fused, "accepts", lambda _: True)(module):
             found.append((name, module))
@@ -133,8 +140,8 @@ def candidates(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _to_channels_last(module: nn.Module) -> None:
     """Restride the convolutions of a block, or of a network's stem; weights in shared or partial storages are left."""
-    owned = module._stem_parts().conv if isinstance(module, FusedStem) else module
-    for conv in owned.modules():
+    owned: Any = module
+    for conv in owned._restrided().modules():
         if type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter:
             weight = conv.weight.data
             whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()

@@ -13,8 +13,7 @@ from torch import nn
 
 from resnet_fused import backends, config
 from resnet_fused.blocks import paths
-from resnet_fused.blocks.residual import FusedResidual
-from resnet_fused.convert import candidates, reason_to_decline
+from resnet_fused.convert import FUSED, candidates, reason_to_decline
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Row:
     """One block or stem of a model."""
 
     name: str
-    kind: str  # basic, bottleneck, stem
+    kind: str  # basic, bottleneck, prelu, stem, norm
     status: str  # fused, declined
     reason: str | None = None  # code
     detail: str | None = None  # sentence
@@ -50,10 +49,12 @@ class Report:
     def __str__(self) -> str:
         if not self.rows:
             return "no residual block of torchvision, timm or resnet_fused found"
-        blocks = [row for row in self.rows if row.kind != "stem"]
+        blocks = [row for row in self.rows if row.kind not in ("stem", "norm")]
         fused = sum(row.status == "fused" for row in blocks)
         stems = [row.status for row in self.rows if row.kind == "stem"]
         summary = f"{fused} of {len(blocks)} blocks fused; stem: {', '.join(stems) or 'none found'}"
+        ends = [row.status for row in self.rows if row.kind == "norm"]
+        summary += f"; final norm: {', '.join(ends)}" if ends else ""
         used = [
             (row.name or "(model)", row.kind, row.status, _summary(row.backends), row.detail or "") for row in self.rows
         ]
@@ -75,6 +76,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 _OPS = {
     "stem": ("bn_statistics", "stem_forward", "stem_infer", "stem_backward"),
     "block": ("bn_finalize", "bn_coefficients", "bn_add_relu_forward", "bn_add_relu_reduce"),
+    "norm": ("bn_statistics", "bn_finalize", "bn_coefficients", "bn_add_relu_forward", "bn_add_relu_apply"),
     "conv": ("fprop", "infer", "bprop"),
 }
 
@@ -90,7 +92,7 @@ def report(model: nn.Module) -> Report:
     rows = []
     for name, module in candidates(model):
         kind = getattr(module, "kind", None) or _kind(module)
-        if not isinstance(module, (FusedResidual, _stem_class())):
+        if not isinstance(module, FUSED):
             rows.append(Row(name, kind, "declined", "not-swapped", "not swapped: call resnet_fused.fuse"))
             continue
         reason = reason_to_decline(module)
@@ -99,12 +101,6 @@ def report(model: nn.Module) -> Report:
         else:
             rows.append(Row(name, kind, "declined", *reason))
     return Report(tuple(rows))
-
-
-def _stem_class() -> type:
-    from resnet_fused.blocks.stem import FusedStem
-
-    return FusedStem
 
 
 def _kind(module: nn.Module) -> str:
@@ -118,8 +114,8 @@ def _backends(module: Any, kind: str) -> dict[str, str]:
     """For each op of the block: the backend that small operands of the block's dtype and device would get."""
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    if kind == "stem":
-        names = list(_OPS["stem"])
+    if kind in ("stem", "norm"):
+        names = list(_OPS[kind])
     else:
         kernels = dict.fromkeys(conv.kernel_size[0] for conv, _ in module._chain())
         names = [f"conv{k}x{k}_{direction}" for k in kernels for direction in _OPS["conv"]] + list(_OPS["block"])

@@ -14,24 +14,49 @@ from resnet_fused.blocks.paths import Reason
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # FrozenBatchNorm2d is known by name, so that torchvision stays optional.
 _FROZEN = {("torchvision.ops.misc", "FrozenBatchNorm2d")}
+# Batch norms that hold an activation besides; an adapter that knows which one belongs where accepts them.
+_ACTIVATED = {("timm.layers.norm_act", "BatchNormAct2d")}
 
 
 def is_frozen_class(norm: Any) -> bool:
     return (type(norm).__module__, type(norm).__qualname__) in _FROZEN
 
 
+def is_activated_class(norm: Any) -> bool:
+    return (type(norm).__module__, type(norm).__qualname__) in _ACTIVATED
+
+
 def unsupported(norm: Any) -> Reason | None:
     """Why ``norm`` is no batch norm that the fused path knows; exact types only, a subclass may do anything."""
-    if type(norm) in _BATCH_NORMS and (norm.running_mean is None) != (norm.running_var is None):
-        return Reason("norm", "one of running_mean and running_var is None, the other is not")
-    if type(norm) in _BATCH_NORMS or is_frozen_class(norm):
+    if type(norm) in _BATCH_NORMS:
+        return unsupported_buffers(norm)
+    if is_frozen_class(norm):
         return None
     return Reason("norm", f"norm layer {type(norm).__name__} is not BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d")
 
 
+def unsupported_buffers(norm: Any) -> Reason | None:
+    """Why a batch norm's running statistics are none that PyTorch keeps."""
+    if (norm.running_mean is None) != (norm.running_var is None):
+        return Reason("norm", "one of running_mean and running_var is None, the other is not")
+    return None
+
+
+def unsupported_activated(norm: Any, activation: type) -> Reason | None:
+    """Why ``norm`` is no batch norm with exactly this activation (``nn.Identity`` for none)."""
+    if not is_activated_class(norm):
+        return Reason("norm", f"norm layer {type(norm).__name__} is not BatchNormAct2d")
+    if type(norm.act) is not activation:
+        found = type(norm.act).__name__
+        return Reason("activation", f"the norm's activation {found} is not nn.{activation.__name__}")
+    if type(norm.drop) is not nn.Identity:
+        return Reason("drop-block", f"{type(norm.drop).__name__} stands between the norm and its activation")
+    return unsupported_buffers(norm)
+
+
 def batch_statistics(norm: Any) -> bool:
     """Whether ``norm`` normalises with the batch's statistics, as ``_BatchNorm.forward`` decides it."""
-    if type(norm) not in _BATCH_NORMS:
+    if type(norm) not in _BATCH_NORMS and not is_activated_class(norm):
         return False
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 

@@ -69,6 +69,10 @@ class FusedResidual(_Module):
         """Why a part of this block that the methods above do not show cannot be fused."""
         return None
 
+    def _restrided(self) -> nn.Module:
+        """The module whose convolutions take the channels_last memory format when it is swapped."""
+        return self
+
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ class FusedStem(_Module):
     def _stem_parts(self: Any) -> Stem:
         return Stem(self.conv1, self.bn1, self.relu, self.maxpool)
 
+    def _restrided(self: Any) -> nn.Module:
+        """The module whose convolutions take the channels_last memory format when it is swapped."""
+        return self._stem_parts().conv
+
     @torch.jit.unused
     def _fused_stem(self: Any, x: Tensor) -> Tensor:
         parts = self._stem_parts()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from resnet_fused.blocks.mixing import (
     ConstantScaling,
@@ -42,7 +41,8 @@ __all__ = [
 ]
 
 
-class MixingSite(NamedTuple):
+@dataclass(frozen=True)
+class MixingSite:
     """The unit that a rule gives a module to."""
 
     inplanes: int  # channels of its input

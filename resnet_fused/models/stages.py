@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.blocks import BasicBlock, BasicUnit, Bottleneck, BottleneckUnit
+from resnet_fused.blocks import BasicBlock, BasicUnit, Bottleneck, BottleneckUnit, NormReLU
 from resnet_fused.blocks.plain import PlainBasicBlock, PlainBottleneck, conv1x1
 from resnet_fused.blocks.plain_units import (
     PREACTIVATED,
     PlainBasicUnit,
     PlainBottleneckUnit,
+    PlainNormReLU,
     PlainUnit,
     check_unit,
 )
+from resnet_fused.blocks.residual import FusedResidual
 from resnet_fused.blocks.shortcuts import PadShortcut
 from resnet_fused.models.mixing import MixingRule, MixingSite
 
@@ -47,16 +49,6 @@ _NO_LAST_NORM = {  # why the last norm of a unit cannot start at gamma = 0
     "relu_before_add": "whose branch ends in a ReLU, which passes no gradient at 0 and would never learn",
     "full_preact": "whose branch does not end in a norm",
 }
-
-
-class NormReLU(nn.Module):
-    def __init__(self, channels: int, norm_layer: Callable[..., nn.Module] | None = None) -> None:
-        super().__init__()
-        self.bn = (norm_layer or nn.BatchNorm2d)(channels)
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn(x))
 
 
 class StageBuilder:
@@ -135,9 +127,11 @@ class StageBuilder:
         units += [self._unit(planes, 1, self.dilation) for _ in range(1, count)]
         return nn.Sequential(*units)
 
-    def head_norm(self) -> NormReLU | None:
-        """The norm and ReLU behind the last unit, which pre-activated units need."""
-        return NormReLU(self.inplanes, self.norm_layer) if self.unit in PREACTIVATED else None
+    def head_norm(self) -> PlainNormReLU | None:
+        """The norm and ReLU behind the last unit, which pre-activated units need; fused as the units are."""
+        if self.unit not in PREACTIVATED:
+            return None
+        return (NormReLU if issubclass(self.block, FusedResidual) else PlainNormReLU)(self.inplanes, self.norm_layer)
 
     def _unit(self, planes: int, stride: int, dilation: int) -> nn.Module:
         outplanes = planes * self.block.expansion
