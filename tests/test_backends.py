@@ -18,7 +18,7 @@ import resnet_fused
 from resnet_fused import backends, config
 from resnet_fused.ops._op import ops
 
-FPROP = torch.ones(1, 1, 3, 3), None, None, torch.ones(1, 1, 3, 3), 1, 1, 1, True
+FPROP = torch.ones(1, 1, 3, 3), None, None, None, torch.ones(1, 1, 3, 3), 1, 1, 1, True
 ROOT = Path(resnet_fused.__file__).parent
 
 
@@ -106,7 +106,7 @@ def test_a_predicates_reason_is_the_text_of_the_error(monkeypatch):
 
 def test_wrong_arguments_are_refused_before_the_backend_is_asked():
     with backends.use_backend("triton"), pytest.raises(ValueError, match="stride >= 1"):
-        ops["conv3x3_fprop"](*FPROP[:4], 0, 1, 1, True)
+        ops["conv3x3_fprop"](*FPROP[:5], 0, 1, 1, True)
 
 
 def test_contexts_nest_and_restore():

@@ -211,9 +211,9 @@ def test_check_of_a_torchvision_model(capsys, dtype) -> None:
 
 def test_check_names_why_blocks_are_declined(capsys) -> None:
     pytest.importorskip("timm")
-    code, text, _ = call(capsys, "check", "seresnet18", "--size", "32", "--batch", "2", "--mode", "eval", "--brief")
+    code, text, _ = call(capsys, "check", "ecaresnet26t", "--size", "32", "--batch", "2", "--mode", "eval", "--brief")
     assert code == 0
-    assert "declined, 8 times: attention SEModule" in text
+    assert "declined, 8 times: attention EcaModule" in text
     assert "layer4" not in text.partition("Nearest")[0]
 
 

@@ -14,6 +14,7 @@ from resnet_fused import reference
 
 EXACT = 1e-12
 convs = pytest.mark.parametrize("case", CONVS, ids=lambda case: case.id)
+activations = pytest.mark.parametrize("slope", [False, True], ids=["relu", "prelu"])
 forms = pytest.mark.parametrize("deferred", [False, True], ids=["plain", "deferred"])
 
 
@@ -24,6 +25,18 @@ def operands(case):
 
 def per_channel(v):
     return v.view(1, -1, 1, 1)
+
+
+def act(z, slope):
+    return F.relu(z) if slope is None else F.prelu(z, slope)
+
+
+def slopes(size):
+    """Of both signs, with a 0 and a 1."""
+    slope = randn(size, seed=20)
+    slope[0], slope[-1] = 0, 1
+    slope[size // 2] = -0.7
+    return slope
 
 
 def conv2d(case, x, w):
@@ -38,7 +51,7 @@ def conv2d(case, x, w):
 def test_conv_fprop(case, deferred):
     x, w, scale, shift = operands(case)
     y, count, mean, m2 = reference.conv_fprop(
-        x, *((scale, shift) if deferred else (None, None)), w, *case.geometry, True
+        x, *((scale, shift) if deferred else (None, None)), None, w, *case.geometry, True
     )
     expected = conv2d(case, F.relu(x * per_channel(scale) + per_channel(shift)) if deferred else x, w)
     assert_close(y, expected, EXACT)
@@ -54,14 +67,14 @@ def test_conv_fprop(case, deferred):
 
 def test_conv_fprop_without_statistics():
     x, w, _, _ = operands(CONVS[3])
-    _, count, mean, m2 = reference.conv_fprop(x, None, None, w, 1, 1, 1, False)
+    _, count, mean, m2 = reference.conv_fprop(x, None, None, None, w, 1, 1, 1, False)
     assert (count.shape, mean.shape, m2.shape) == ((0,), (0, CONVS[3].k), (0, CONVS[3].k))
 
 
 def test_the_border_of_a_deferred_input_is_zero_after_the_activation():
     """With scale 0 and shift 1 the activation is 1 inside and 0 outside; padding before it would give 9 everywhere."""
     x, one = randn(1, 1, 4, 5), torch.ones(1, dtype=torch.float64)
-    y, *_ = reference.conv_fprop(x, 0 * one, one, torch.ones(1, 1, 3, 3, dtype=torch.float64), 1, 1, 1, False)
+    y, *_ = reference.conv_fprop(x, 0 * one, one, None, torch.ones(1, 1, 3, 3, dtype=torch.float64), 1, 1, 1, False)
     rows, columns = torch.tensor([2.0, 3, 3, 2]), torch.tensor([2.0, 3, 3, 3, 2])
     assert torch.equal(y[0, 0], torch.outer(rows, columns).double())
 
@@ -69,7 +82,7 @@ def test_the_border_of_a_deferred_input_is_zero_after_the_activation():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_statistics_are_those_of_the_rounded_output(dtype):
     x, w = randn(2, 8, 6, 6, dtype=dtype), randn(4, 8, 3, 3, seed=1, dtype=dtype)
-    y, _, mean, m2 = reference.conv_fprop(x, None, None, w, 1, 1, 1, True)
+    y, _, mean, m2 = reference.conv_fprop(x, None, None, None, w, 1, 1, 1, True)
     assert y.dtype == dtype
     assert mean.dtype == m2.dtype == torch.float32
     var, expected = torch.var_mean(y.double(), (0, 2, 3), correction=0)
@@ -81,7 +94,7 @@ def test_operands_are_rounded_where_a_kernel_rounds_them():
     """The activation is rounded to the tensor's dtype, the output once; products and sums are fp32 at least."""
     x, w = randn(2, 64, 3, 3, dtype=torch.bfloat16), randn(8, 64, 1, 1, seed=1, dtype=torch.bfloat16)
     scale, shift = rand(64, dtype=torch.float32), randn(64, dtype=torch.float32)
-    y, *_ = reference.conv_fprop(x, scale, shift, w, 1, 1, 1, False)
+    y, *_ = reference.conv_fprop(x, scale, shift, None, w, 1, 1, 1, False)
     act = F.relu(x.float() * per_channel(scale) + per_channel(shift))
     rounded, unrounded = (F.conv2d(a.double(), w.double()).bfloat16() for a in (act.bfloat16(), act))
     assert (y == rounded).float().mean() > 0.99
@@ -97,9 +110,26 @@ def test_conv_infer(case, relu, with_residual):
     residual = randn(*case.output_shape, seed=8) if with_residual else None
     expected = F.conv2d(x, w, bias, case.stride, case.padding, case.dilation, case.groups)
     expected = expected + residual if with_residual else expected
-    y = reference.conv_infer(x, w, bias, residual, *case.geometry, relu)
+    y = reference.conv_infer(x, None, None, None, w, bias, residual, *case.geometry, relu, None)
     assert_close(y, F.relu(expected) if relu else expected, EXACT)
     assert is_channels_last(y)
+    slope = randn(case.k, seed=9)
+    y = reference.conv_infer(x, None, None, None, w, bias, residual, *case.geometry, False, slope)
+    assert_close(y, F.prelu(expected, slope), EXACT)
+
+
+@convs
+@activations
+def test_the_activation_of_a_deferred_input(case, slope):
+    """fprop and infer read ``relu(bn(x))`` or ``prelu(bn(x))``, padded afterwards."""
+    x, w, scale, shift = operands(case)
+    slope = slopes(case.c) if slope else None
+    expected = conv2d(case, act(x * per_channel(scale) + per_channel(shift), slope), w)
+    y, *_ = reference.conv_fprop(x, scale, shift, slope, w, *case.geometry, False)
+    assert_close(y, expected, EXACT)
+    bias, residual = randn(case.k, seed=7), randn(*case.output_shape, seed=8)
+    y = reference.conv_infer(x, scale, shift, slope, w, bias, residual, *case.geometry, True, None)
+    assert_close(y, F.relu(expected + per_channel(bias) + residual), EXACT)
 
 
 # --- convolution, backward ------------------------------------------------------------------------------------------
@@ -136,48 +166,86 @@ def test_conv_backward(case, deferred, statistics, sign):
         read = y.detach()
     mask = {None: None, "bits": reference.pack_mask(out.detach() > 0), "values": F.relu(out.detach())}[sign]
     grad = (dz, mask, read, a, b, c)
-    previous = (scale, shift) if deferred else (None, None)
+    previous = (scale, shift, None) if deferred else (None, None, None)
     statistics_below = (randn(case.c, seed=10), rand(case.c, seed=11)) if deferred else (None, None)
+    no_skip = (None, None, 1.0)
 
-    dx, dbeta, dgamma = reference.conv_dgrad(
-        *grad, w.detach(), x.detach(), *previous, *statistics_below, None, None, *case.geometry
+    dx, dbeta, dgamma, dslope = reference.conv_dgrad(
+        *grad, w.detach(), x.detach(), *previous, *statistics_below, *no_skip, *case.geometry
     )
     assert_close(dx, z.grad, 1e-10, "dx")
     assert is_channels_last(dx)
+    assert dslope.numel() == 0
     if deferred:
-        xhat = (x - per_channel(statistics_below[0])) * per_channel(statistics_below[1])
-        tolerance = 1e-12 * z.grad.abs().sum()  # the sums may cancel
-        assert (dbeta - z.grad.sum((0, 2, 3))).abs().max() <= tolerance
-        assert (dgamma - (z.grad * xhat).sum((0, 2, 3))).abs().max() <= 10 * tolerance
+        assert_sums(dbeta, dgamma, z.grad, x, *statistics_below)
     else:
         assert dbeta.numel() == dgamma.numel() == 0
     dw = reference.conv_wgrad(*grad, w.detach(), x.detach(), *previous, *case.geometry, torch.float64)
     assert_close(dw, w.grad, 1e-10, "dw")
 
     both = reference.conv_bprop(
-        *grad, w.detach(), x.detach(), *previous, *statistics_below, None, None, *case.geometry, torch.float64
+        *grad, w.detach(), x.detach(), *previous, *statistics_below, *no_skip, *case.geometry, torch.float64
     )
-    assert all(torch.equal(one, other) for one, other in zip(both, (dx, dbeta, dgamma, dw), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(both, (dx, dbeta, dgamma, dslope, dw), strict=True))
+
+
+def assert_sums(dbeta, dgamma, dz, y, mean, rstd):
+    """``sum dz`` and ``sum dz * xhat``, which may cancel."""
+    xhat = (y.detach() - per_channel(mean)) * per_channel(rstd)
+    tolerance = 1e-12 * dz.abs().sum()
+    assert (dbeta - dz.sum((0, 2, 3))).abs().max() <= tolerance
+    assert (dgamma - (dz * xhat).sum((0, 2, 3))).abs().max() <= 10 * tolerance
 
 
 @pytest.mark.parametrize("sign", [None, "bits", "values"])
-def test_conv_dgrad_adds_the_masked_skip_gradient(sign):
+@pytest.mark.parametrize("skip_scale", [1.0, -0.3])
+def test_conv_dgrad_adds_the_masked_skip_gradient(sign, skip_scale):
     case = CONVS[3]
     x, w, _, _ = operands(case)
     x.requires_grad_()
     other, dz, skip = randn(*x.shape, seed=5), randn(*case.output_shape, seed=6), randn(*x.shape, seed=7)
     shortcut = x if sign is None else F.relu(x + other)
-    torch.autograd.backward([conv2d(case, x, w), shortcut], [dz, skip])
+    torch.autograd.backward([conv2d(case, x, w), skip_scale * shortcut], [dz, skip])
     mask = {None: None, "bits": reference.pack_mask(shortcut.detach() > 0), "values": shortcut.detach()}[sign]
-    dx, *_ = reference.conv_dgrad(dz, *[None] * 5, w, x.detach(), None, None, None, None, skip, mask, *case.geometry)
+    dx, *_ = reference.conv_dgrad(dz, *[None] * 5, w, x.detach(), *[None] * 5, skip, mask, skip_scale, *case.geometry)
     assert_close(dx, x.grad, EXACT)
+
+
+@convs
+@activations
+@pytest.mark.parametrize("sign", [None, "bits", "values"])
+def test_conv_backward_through_the_activation_with_a_skip_gradient(case, slope, sign):
+    """Two readers of one deferred tensor: the convolution, and whoever sends the skip gradient."""
+    x, w, scale, shift = operands(case)
+    slope = slopes(case.c).requires_grad_() if slope else None
+    z = (x * per_channel(scale) + per_channel(shift)).requires_grad_()
+    w.requires_grad_()
+    a = act(z, slope)
+    other = randn(*x.shape, seed=5)
+    reader = a if sign is None else F.relu(a + other)
+    dz, skip = randn(*case.output_shape, seed=6), randn(*x.shape, seed=7)
+    torch.autograd.backward([conv2d(case, a, w), 0.5 * reader], [dz, skip])
+    mask = {None: None, "bits": reference.pack_mask(reader.detach() > 0), "values": reader.detach()}[sign]
+
+    norm = randn(case.c, seed=10), rand(case.c, seed=11)
+    given = None if slope is None else slope.detach()
+    dx, dbeta, dgamma, dslope, dw = reference.conv_bprop(
+        dz, *[None] * 5, w.detach(), x, scale, shift, given, *norm, skip, mask, 0.5, *case.geometry, torch.float64
+    )
+    assert_close(dx, z.grad, 1e-11, "dx")
+    assert_close(dw, w.grad, 1e-11, "dw")
+    assert_sums(dbeta, dgamma, z.grad, x, *norm)
+    if slope is None:
+        assert dslope.numel() == 0
+    else:
+        assert (dslope - slope.grad).abs().max() <= 1e-12 * x.numel()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_the_weight_gradient_has_the_strides_of_the_weight_and_the_dtype_asked_for(layout):
     x, w = randn(2, 4, 5, 5, dtype=torch.bfloat16), randn(6, 4, 3, 3, dtype=torch.bfloat16).to(memory_format=layout)
     dz = randn(2, 6, 5, 5, dtype=torch.bfloat16)
-    dw = reference.conv_wgrad(dz, *[None] * 5, w, x, None, None, 1, 1, 1, torch.float32)
+    dw = reference.conv_wgrad(dz, *[None] * 5, w, x, None, None, None, 1, 1, 1, torch.float32)
     assert dw.dtype == torch.float32
     assert dw.stride() == w.stride()
 
@@ -273,6 +341,9 @@ def test_statistics_of_an_empty_tensor():
     assert torch.equal(m2, torch.zeros(1, 3))
 
 
+NO_SKIP = (None, None, 1.0)
+PLAIN = (1.0, 0.0, 1.0, 0.0)
+
 # --- block end ------------------------------------------------------------------------------------------------------
 
 
@@ -300,9 +371,8 @@ def test_bn_add_relu(shortcut, sign):
     yd, sd, deferred = y.detach(), s.detach(), shortcut == "deferred"
     scale, shift, mean, rstd, _ = norm(yd, 0)
     s_scale, s_shift, s_mean, s_rstd, _ = norm(sd, 1)
-    out, bits = reference.bn_add_relu_forward(
-        yd, scale, shift, None if shortcut == "none" else sd, *((s_scale, s_shift) if deferred else (None, None)), True
-    )
+    added = (None if shortcut == "none" else sd, *((s_scale, s_shift) if deferred else (None, None)))
+    out, bits, *_ = reference.bn_add_relu_forward(yd, scale, shift, *added, None, PLAIN, False, True, None, True, False)
     assert_close(out, expected.detach(), EXACT)
     assert is_channels_last(out)
     assert torch.equal(reference.unpack_mask(bits, out), expected > 0)
@@ -318,14 +388,18 @@ def test_bn_add_relu(shortcut, sign):
     assert_close(dgamma, gammas[0].grad, 1e-11)
     count = torch.tensor([yd.numel() // 3])
     dy = reference.bn_add_relu_apply(
-        dout, mask, yd, *reference.bn_coefficients(dbeta, dgamma, gammas[0].detach(), mean, rstd, count)
+        dout, mask, yd, *reference.bn_coefficients(dbeta, dgamma, gammas[0].detach(), mean, rstd, count), *NO_SKIP
     )
     assert_close(dy, y.grad, 1e-10)
     if deferred:
         assert_close(dbeta, betas[1].grad, 1e-11)
         assert_close(s_dgamma, gammas[1].grad, 1e-11)
         ds = reference.bn_add_relu_apply(
-            dout, mask, sd, *reference.bn_coefficients(dbeta, s_dgamma, gammas[1].detach(), s_mean, s_rstd, count)
+            dout,
+            mask,
+            sd,
+            *reference.bn_coefficients(dbeta, s_dgamma, gammas[1].detach(), s_mean, s_rstd, count),
+            *NO_SKIP,
         )
         assert_close(ds, s.grad, 1e-10)
 
@@ -334,7 +408,158 @@ def test_bn_add_relu_apply_with_frozen_statistics():
     y, dz, scale = randn(2, 3, 4, 4).requires_grad_(), randn(2, 3, 4, 4, seed=1), randn(3, seed=2)
     F.relu(y * per_channel(scale)).backward(dz)
     out = F.relu(y.detach() * per_channel(scale))
-    assert_close(reference.bn_add_relu_apply(dz, out, y.detach(), scale, None, None), y.grad, EXACT)
+    assert_close(reference.bn_add_relu_apply(dz, out, y.detach(), scale, None, None, *NO_SKIP), y.grad, EXACT)
+
+
+SHAPE = (2, 3, 5, 4)
+GATES = ((2, 3, 5, 4), (2, 1, 1, 1), (2, 3, 1, 1), (1, 3, 1, 1), (1, 1, 1, 1), None)
+MIXES = (
+    PLAIN,
+    (0.5, 0.0, -0.3, 0.0),  # constant scaling
+    (0.0, 1.0, 1.0, -1.0),  # exclusive gating
+    (1.0, 0.0, 1.0, -1.0),  # shortcut gating
+    (0.0, 1.0, 1.0, 0.0),  # stochastic depth, squeeze-and-excitation
+    (1.0, 0.0, 0.0, 1.0),  # dropout
+    (1.0, 0.0, 0.0, 0.0),  # no shortcut
+    (0.4, -1.5, 2.0, 0.25),
+)
+PAIRS = [(gate, mix) for mix in MIXES for gate in GATES if (gate is None) == (mix[1] == mix[3] == 0)]
+
+
+@pytest.mark.parametrize(("gate", "mix"), PAIRS, ids=str)
+@pytest.mark.parametrize("shortcut", ["none", "plain", "deferred"])
+@pytest.mark.parametrize("end", ["relu", "linear", "prelu"])
+@pytest.mark.parametrize("branch", ["norm", "plain", "norm-relu", "relu"])
+def test_the_weighed_sum(gate, mix, shortcut, end, branch):
+    """Every form of the block's end, forward and backward, against autograd of the formula in PyTorch's operators."""
+    y, s, dout = randn(*SHAPE, seed=1), randn(*SHAPE, seed=2), randn(*SHAPE, seed=3)
+    norm, s_norm = [randn(3, seed=4 + i) for i in range(4)], [randn(3, seed=8 + i) for i in range(4)]
+    gate = None if gate is None else randn(*gate, seed=12).requires_grad_()
+    slope = slopes(3).requires_grad_() if end == "prelu" else None
+    normed, s_normed, branch_relu = "norm" in branch, shortcut == "deferred", "relu" in branch
+
+    z = y * per_channel(norm[0]) + per_channel(norm[1]) if normed else y.clone()
+    z_s = s * per_channel(s_norm[0]) + per_channel(s_norm[1]) if s_normed else s.clone()
+    z.requires_grad_()
+    z_s.requires_grad_()
+    f = F.relu(z) if branch_relu else z
+    total = f * mix[0]
+    if mix[1]:
+        total = total + mix[1] * (gate * f)
+    if shortcut != "none":
+        total = total + mix[2] * z_s
+        if mix[3]:
+            total = total + mix[3] * (gate * z_s)
+    expected = {"relu": F.relu, "linear": lambda t: t, "prelu": lambda t: F.prelu(t, slope)}[end](total)
+    leaves = [t for t in (z, z_s, gate, slope) if t is not None]
+    found = torch.autograd.grad(expected, leaves, dout, allow_unused=True)
+    by_leaf = {id(leaf): torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)}
+
+    affine = (norm[0], norm[1]) if normed else (None, None)
+    added = (None, None, None) if shortcut == "none" else (s, *(s_norm[:2] if s_normed else (None, None)))
+    g, slope_ = (None if t is None else t.detach() for t in (gate, slope))
+    relu = end == "relu"
+    out, bits, counts, mean, m2 = reference.bn_add_relu_forward(
+        y, *affine, *added, g, mix, branch_relu, relu, slope_, relu, True
+    )
+    assert_close(out, expected.detach(), EXACT)
+    assert is_channels_last(out)
+    assert torch.equal(reference.unpack_mask(bits, out), expected > 0) if relu else bits.numel() == 0
+    var, expected_mean = torch.var_mean(expected.detach(), (0, 2, 3), correction=0)
+    assert counts.tolist() == [out.numel() // 3]
+    assert_close(mean[0], expected_mean, 1e-11)
+    assert_close(m2[0], var * counts, 1e-11)
+
+    for sign in (bits, out) if relu else (None,):
+        sums, s_sums = (norm[2:] if normed else (None, None)), (s_norm[2:] if s_normed else (None, None))
+        dz, ds, dbeta, dgamma, s_dbeta, s_dgamma, dgate, dslope = reference.bn_add_relu_backward(
+            dout, sign, y, *affine, *sums, *added, *s_sums, g, mix, branch_relu, slope_,
+            shortcut != "none", gate is not None,
+        )  # fmt: skip
+        assert_close(dz, by_leaf[id(z)], 1e-11, "dz")
+        assert is_channels_last(dz)
+        if normed:
+            assert_sums(dbeta, dgamma, by_leaf[id(z)], y, *norm[2:])
+        else:
+            assert dbeta.numel() == dgamma.numel() == 0
+        if shortcut != "none":
+            assert (ds - by_leaf[id(z_s)]).abs().max() < 1e-12
+            assert is_channels_last(ds)
+        else:
+            assert ds.numel() == 0
+        if s_normed:
+            assert_sums(s_dbeta, s_dgamma, by_leaf[id(z_s)], s, *s_norm[2:])
+        else:
+            assert s_dbeta.numel() == s_dgamma.numel() == 0
+        for t, leaf in ((dgate, gate), (dslope, slope)):
+            if leaf is None:
+                assert t.numel() == 0
+            else:
+                assert t.shape == leaf.shape
+                assert (t - by_leaf[id(leaf)]).abs().max() < 1e-11
+
+
+def test_sums_of_a_shortcut_whose_gradient_nobody_wants():
+    y, s, dout = randn(*SHAPE, seed=1), randn(*SHAPE, seed=2), randn(*SHAPE, seed=3)
+    scale, shift, mean, rstd = (randn(3, seed=4 + i) for i in range(4))
+    args = (dout, None, y, None, None, None, None, s, scale, shift, mean, rstd, None, (1.0, 0.0, 0.5, 0.0), False, None)
+    _, ds, _, _, dbeta, dgamma, *_ = reference.bn_add_relu_backward(*args, False, False)
+    assert ds.numel() == 0
+    assert_sums(dbeta, dgamma, 0.5 * dout, s, mean, rstd)
+
+
+def test_no_result_of_the_block_end_is_an_argument():
+    """What nothing changes is copied: autograd owns the one, the caller the other."""
+    y, dout = (t.to(memory_format=torch.channels_last) for t in (randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)))
+    none = (None, None)
+    out, *_ = reference.bn_add_relu_forward(y, *none, None, *none, None, PLAIN, False, False, None, False, False)
+    dz, ds, *_ = reference.bn_add_relu_backward(
+        dout, None, y, *none, *none, y, *none, *none, None, PLAIN, False, None, True, False
+    )
+    dy = reference.bn_add_relu_apply(dout, None, y, None, None, None, *NO_SKIP)
+    assert len({t.data_ptr() for t in (y, dout, out, dz, ds, dy)}) == 6
+    assert torch.equal(out, y)
+    assert all(torch.equal(t, dout) for t in (dz, ds, dy))
+
+
+@pytest.mark.parametrize("sign", [None, "bits", "values"])
+@pytest.mark.parametrize("form", ["batch", "frozen", "plain"])
+def test_bn_add_relu_apply_adds_a_skip_gradient(sign, form):
+    """A tensor read by a norm (or directly) and, through a ReLU or not, by somebody else."""
+    y = (randn(*SHAPE, seed=1) * 2 + 1).requires_grad_()
+    dz, skip, other = randn(*SHAPE, seed=2), randn(*SHAPE, seed=3), randn(*SHAPE, seed=4)
+    gamma, running, eps = randn(3, seed=5), (randn(3, seed=6), rand(3, seed=7)), 1e-3
+    statistics = running if form == "frozen" else (None, None)
+    first = y if form == "plain" else F.batch_norm(y, *statistics, gamma, None, form == "batch", 0.0, eps)
+    reader = y if sign is None else F.relu(y + other)
+    torch.autograd.backward([first, -0.7 * reader], [dz, skip])
+    mask = {None: None, "bits": reference.pack_mask(reader.detach() > 0), "values": reader.detach()}[sign]
+
+    yd, a, b, c = y.detach(), None, None, None
+    if form == "frozen":
+        a = gamma * (running[1] + eps).rsqrt()
+    elif form == "batch":
+        var, mean = torch.var_mean(yd, (0, 2, 3), correction=0)
+        rstd = (var + eps).rsqrt()
+        sums = reference.bn_sums(dz, yd, mean, rstd)
+        a, b, c = reference.bn_coefficients(*sums, gamma, mean, rstd, torch.tensor([yd.numel() // 3]))
+    dy = reference.bn_add_relu_apply(dz, None, yd, a, b, c, skip, mask, -0.7)
+    assert_close(dy, y.grad, 1e-11)
+    assert is_channels_last(dy)
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["plain", "norm"])
+def test_pool_and_spread_are_each_others_gradient(deferred):
+    y, scale, shift = randn(*SHAPE, seed=1), randn(3, seed=2), randn(3, seed=3)
+    z = (y * per_channel(scale) + per_channel(shift) if deferred else y.clone()).requires_grad_()
+    expected, dz, dpool = F.adaptive_avg_pool2d(z, 1), randn(*SHAPE, seed=4), randn(2, 3, 1, 1, seed=5)
+    torch.autograd.backward([expected, z], [dpool, dz])
+    pooled = reference.bn_add_relu_pool(y, *((scale, shift) if deferred else (None, None)))
+    assert_close(pooled, expected.detach(), EXACT)
+    spread = reference.bn_add_relu_spread(dz, dpool)
+    assert_close(spread, z.grad, EXACT)
+    assert is_channels_last(pooled)
+    assert is_channels_last(spread)
 
 
 # --- masks and the semantics of ReLU --------------------------------------------------------------------------------
@@ -362,14 +587,40 @@ def test_relu_passes_as_pytorchs_does():
     value.backward(torch.ones_like(z))
     y, one, zero = z.view(1, 1, 2, 4), torch.ones(1).double(), torch.zeros(1).double()
     assert torch.equal(reference.activation(y, one, zero).flatten().isnan(), value.isnan())
-    out, bits = reference.bn_add_relu_forward(y, one, zero, None, None, None, True)
+    terms = (y, one, zero, None, None, None)
+    out, bits, *_ = reference.bn_add_relu_forward(*terms, None, PLAIN, False, True, None, True, False)
     torch.testing.assert_close(out.flatten(), value.detach(), rtol=0, atol=0, equal_nan=True)
     dout = torch.ones_like(y)
     for sign in (bits, out):
         assert torch.equal(reference.masked(dout, sign).flatten(), leaf.grad)
     w = torch.ones(1, 1, 1, 1).double()
-    dx, *_ = reference.conv_dgrad(dout, *[None] * 5, w, y, one, zero, None, None, None, None, 1, 1, 1)
+    dx, *_ = reference.conv_dgrad(dout, *[None] * 5, w, y, one, zero, *[None] * 5, 1.0, 1, 1, 1)
     assert torch.equal(dx.flatten(), leaf.grad)
+
+
+def test_prelu_passes_as_pytorchs_does():
+    """At 0 and -0 the slope's side; NaN stays NaN and takes the slope; a slope of 0 or below changes neither."""
+    values = torch.tensor([1.0, 0.0, -0.0, -1.0, float("nan"), float("inf"), -float("inf"), 5e-324]).double()
+    for number in (0.25, 0.0, -2.0):
+        slope = torch.full((1,), number, dtype=torch.float64, requires_grad=True)
+        leaf = values.view(1, 1, 2, 4).clone().requires_grad_()
+        expected = F.prelu(leaf, slope)
+        expected.backward(torch.ones_like(leaf))
+        y, one, zero, s = leaf.detach(), torch.ones(1).double(), torch.zeros(1).double(), slope.detach()
+        same = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(reference.activation(y, one, zero, s), expected.detach(), **same)
+        terms = (y, one, zero, None, None, None, None, PLAIN, False)
+        out, *_ = reference.bn_add_relu_forward(*terms, False, s, False, False)
+        torch.testing.assert_close(out, expected.detach(), **same)
+        dout = torch.ones_like(y)
+        back = (dout, None, y, one, zero, None, None, None, None, None, None, None, None, PLAIN, False, s, False, False)
+        dz, *_, dslope = reference.bn_add_relu_backward(*back)
+        torch.testing.assert_close(dz, leaf.grad, **same)
+        torch.testing.assert_close(dslope, slope.grad, **same)
+        w = torch.ones(1, 1, 1, 1).double()
+        dx, _, _, dslope = reference.conv_dgrad(dout, *[None] * 5, w, y, one, zero, s, *[None] * 4, 1.0, 1, 1, 1)
+        torch.testing.assert_close(dx, leaf.grad, **same)
+        torch.testing.assert_close(dslope, slope.grad, **same)
 
 
 def test_a_masked_nan_gradient_is_zero():

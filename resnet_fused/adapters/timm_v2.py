@@ -55,7 +55,7 @@ class PreActBasic(_FusedPreAct, resnetv2.PreActBasic):
     kind = "basic"
     _original_forward = renamed(resnetv2.PreActBasic.forward, "_original_forward")
 
-    def _chain(self) -> tuple[ConvNorm, ...]:
+    def _chain(self: Any) -> tuple[ConvNorm, ...]:
         return (self.conv1, self.norm2), (self.conv2, None)
 
 
@@ -65,7 +65,7 @@ class PreActBottleneck(_FusedPreAct, resnetv2.PreActBottleneck):
     kind = "bottleneck"
     _original_forward = renamed(resnetv2.PreActBottleneck.forward, "_original_forward")
 
-    def _chain(self) -> tuple[ConvNorm, ...]:
+    def _chain(self: Any) -> tuple[ConvNorm, ...]:
         return (self.conv1, self.norm2), (self.conv2, self.norm3), (self.conv3, None)
 
 
@@ -75,7 +75,7 @@ class Bottleneck(_FusedV2, resnetv2.Bottleneck):
     kind = "bottleneck"
     _original_forward = renamed(resnetv2.Bottleneck.forward, "_original_forward")
 
-    def _chain(self) -> tuple[ConvNorm, ...]:
+    def _chain(self: Any) -> tuple[ConvNorm, ...]:
         return (self.conv1, self.norm1), (self.conv2, self.norm2), (self.conv3, self.norm3)
 
     def _unit(self: Any) -> Unit:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from resnet_fused import backends
 from resnet_fused.aten.batch_norm import statistics as tile_statistics
-from resnet_fused.aten.pointwise import affine, masked, output_gradient, prelu, prelu_backward, sums
+from resnet_fused.aten.pointwise import affine, factored, masked, output_gradient, prelu, prelu_backward, sums
 from resnet_fused.reference import channels_last, compute_dtype, no_statistics, pack_mask, per_channel, store
 
 
@@ -88,7 +88,7 @@ def _sum(f: Tensor, s: Tensor | None, branch: Any, shortcut: Any, *, into: Tenso
         f = into = torch.mul(f.to(compute_dtype(f.dtype)), branch, out=into)
     if isinstance(shortcut, Tensor):
         return torch.addcmul(f, s, shortcut, out=into)
-    return torch.add(f, s, alpha=shortcut, out=into)
+    return torch.add(f, factored(s, shortcut), alpha=shortcut, out=into)
 
 
 def _own(t: Tensor, *others: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def pool(y, scale, shift) -> Tensor:
 def spread(dz, dpool) -> Tensor:
     """One pass."""
     pixels = max(dz.shape[2] * dz.shape[3], 1)
-    return channels_last(torch.add(dz, dpool, alpha=1 / pixels).to(dz.dtype))
+    return channels_last(torch.add(dz, factored(dpool, 1 / pixels), alpha=1 / pixels).to(dz.dtype))
 
 
 for _function in (forward, backward, mask, reduce, apply, pool, spread):

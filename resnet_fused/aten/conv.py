@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from resnet_fused import backends
 from resnet_fused.aten.batch_norm import statistics as tile_statistics
-from resnet_fused.aten.pointwise import activation, masked, output_gradient, prelu, prelu_backward, sums
+from resnet_fused.aten.pointwise import activation, factored, masked, output_gradient, prelu, prelu_backward, sums
 from resnet_fused.reference import channels_last, compute_dtype, no_statistics, weight_format
 
 
@@ -156,7 +156,7 @@ def _through_input(dx, read, x, scale, slope, mean, rstd, skip, skip_sign, skip_
     none = dx.new_empty((0,), dtype=compute_dtype(dx.dtype))
     dx, dslope = channels_last(dx), none.clone()
     if skip is not None:
-        dx.add_(masked(skip, skip_sign), alpha=skip_scale)
+        dx.add_(factored(masked(skip, skip_sign), skip_scale), alpha=skip_scale)
     if scale is None:
         return dx, none, none.clone(), dslope
     if slope is None:

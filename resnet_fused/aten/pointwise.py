@@ -50,6 +50,11 @@ def prelu_backward(dact: Tensor, z: Tensor, slope: Tensor) -> tuple[Tensor, Tens
     return channels_last(dz), dslope.sum((0, 2, 3), dtype=slope.dtype)
 
 
+def factored(t: Tensor, factor: float) -> Tensor:
+    """``t`` as an operand of ``torch.add(_, t, alpha=factor)``: in 16 bits that rounds the factor, too."""
+    return t if factor == 1 else t.to(compute_dtype(t.dtype))
+
+
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, in the accumulation dtype."""
     wide = y if y.device.type == "cuda" else y.to(compute_dtype(y.dtype))
@@ -92,7 +97,9 @@ def output_gradient(
         return torch.addcmul(per_channel(c), dz, per_channel(a), out=dz).addcmul_(y, per_channel(b))
     dz = masked(dz, sign)
     if a is None:
-        return dz.to(dtype) if skip is None else channels_last(torch.add(dz, skip, alpha=skip_scale).to(dtype))
+        if skip is None:
+            return dz.to(dtype)
+        return channels_last(torch.add(dz, factored(skip, skip_scale), alpha=skip_scale).to(dtype))
     wide = a.dtype
     if b is None:
         dy = dz.to(wide) * per_channel(a)

@@ -1,7 +1,7 @@
 """The branch of a residual unit: a chain of convolutions with their norms, beside it the shortcut's projection.
 
-The chain and the projection read the unit's input, or ``relu(input)``, or ``relu(bn(input))`` (pre-activated units, arXiv
-1603.05027). Forward writes each convolution's output once and no normalised tensor.
+The chain and the projection read the unit's input, or ``relu(input)``, or ``relu(bn(input))`` (pre-activated units of
+arXiv 1603.05027). Forward writes each convolution's output once and no normalised tensor.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ def _output_gradient(layer: Layer, gamma: Tensor | None, result: NormResult | No
 def _input_gradient(spec, wanted, branch, x, parameters, into: Incoming, identity: Incoming | None, gradients):
     """Of a pre-activated unit's input: through the norm in front, plus the identity shortcut's."""
     if spec.pre is None:
-        coefficients_of_x = (None, None, None)
+        coefficients_of_x: tuple[Tensor | None, ...] = (None, None, None)
     else:
         i = len(spec.layers)
         result, norm = branch.results[i], parameters[i].norm

@@ -112,7 +112,8 @@ def backward(
         branch, shortcut: the tensors that were added, with their norms.
         sums, shortcut_sums: whether the sums of these norms' backward are wanted.
     """
-    sign, dpost = end.sign, (None,) * TENSORS
+    sign = end.sign
+    dpost: tuple[Tensor | None, ...] = (None,) * TENSORS
     if end.post is not None and spec.post is not None and post is not None:
         assert end.total is not None
         dout, dpost = norm_relu_backward(spec.post, dout, sign, end.total, end.post, post, need_post)

@@ -1,8 +1,8 @@
 """A residual unit whose gate is computed from its branch (squeeze-and-excitation): two functions with the gate between.
 
-:class:`BranchFunction` hands out the last convolution's output *in place of* its normalised form: what comes back as its
-gradient is that of ``bn(y)``, which is never written. :class:`EndFunction` is the other half of that agreement. Only with a
-ReLU on the branch before the sum the branch is written: the gate's mean is that of the ReLU's output.
+:class:`BranchFunction` hands out the last convolution's output in place of its normalised form: what comes back as its
+gradient is that of ``bn(y)``, which is never written. :class:`EndFunction` is the other half of that agreement. Only with
+a ReLU on the branch before the sum the branch is written: the gate's mean is that of the ReLU's output.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class BranchFunction(torch.autograd.Function):
             gradients = branches.backward(
                 spec, wanted, branch, x, shortcut, slope, Parameters.split(flat), needs[3], into, side, keep=keep
             )
-        of_inputs = Inputs(gradients.x, gradients.shortcut, None, gradients.slope)  # type: ignore[arg-type]
+        of_inputs = (gradients.x, gradients.shortcut, None, gradients.slope, None, None, None, None)
         return (None, *of_inputs, *(g for layer in gradients.parameters for g in layer))
 
 
@@ -139,7 +139,7 @@ class EndFunction(torch.autograd.Function):
 
     Args (of ``apply``):
         spec: EndSpec without a norm of the sum.
-        y, s, scale, shift, s_scale, s_shift: of :class:`BranchFunction`; ``s`` without norm may be any shortcut, or None.
+        y, s, scale, shift, s_scale, s_shift: of :class:`BranchFunction`; ``s`` without norm may be any shortcut.
         gate: broadcasts against the sum.
         slope: of the PReLU at the end, (1,) or (C,), or None.
     """

@@ -213,5 +213,9 @@ def differentiable_backward(
         outs = composition(ctx.spec, *views)
         wanted = [t for t, need in zip(views, needs, strict=True) if need and t is not None]
         pairs = [(outs[i], dout.to(outs[i].dtype)) for i, dout in given]
-        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [d for _, d in pairs], create_graph=True, allow_unused=True))
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [d for _, d in pairs], create_graph=True, allow_unused=True
+            )
+        )
     return (None, *(next(found) if need else None for need in needs))

@@ -1,8 +1,8 @@
 """A residual unit as one function: the branch, then the end (:mod:`branch`, :mod:`end`).
 
 The original unit (1512.03385) is ``relu(bn(conv(... relu(bn(conv(x))))) + shortcut)``: BasicBlock is a chain of two
-convolutions, Bottleneck of three. Saved for backward are the input, each convolution's output, the per-channel norms and
-the sign of the sum.
+convolutions, Bottleneck of three. Saved for backward are the input, each convolution's output, the per-channel norms
+and the sign of the sum.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from resnet_fused.reference import channels_last
 class ResidualSpec(NamedTuple):
     """What is fixed about a residual unit.
 
-    The shortcut is what the projection makes of the branch's source, or of the ``shortcut`` tensor; without projection it
-    is that tensor, and without either the unit's input.
+    The shortcut is what the projection makes of the branch's source, or of the ``shortcut`` tensor; without projection
+    it is that tensor, and without either the unit's input.
     """
 
     branch: BranchSpec
@@ -81,7 +81,7 @@ class ResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: ResidualSpec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        inputs, flat = Inputs(*tensors[:INPUTS]), tensors[INPUTS:]
+        inputs, flat = Inputs(*tensors[:INPUTS]), tensors[INPUTS:]  # type: ignore[arg-type]
         parameters = Parameters.split(flat)
         own, post = spec.split(parameters)
         tiles = known(inputs.counts, inputs.mean, inputs.m2)
@@ -202,7 +202,7 @@ def _backward(
         found.shortcut,
         keep=(dout,),
     )
-    of_inputs = Inputs(gradients.x, gradients.shortcut, found.gate, gradients.slope, found.slope)  # type: ignore[arg-type]
+    of_inputs = (gradients.x, gradients.shortcut, found.gate, gradients.slope, found.slope, None, None, None)
     of_parameters = [*gradients.parameters, *([] if post is None else [found.post])]
     return (None, *of_inputs, *(g for layer in of_parameters for g in layer))
 

@@ -1,8 +1,8 @@
 """Statistics of a unit's output, handed to the unit that reads it.
 
 A pre-activated unit normalises its input, which is the sum that the unit before wrote; the pass that wrote it has taken
-its statistics already. They are kept beside the tensor, not on it: a tensor that is saved or copied knows nothing of them.
-A write in place makes them void; one through ``.data`` is not seen.
+its statistics already. They are kept beside the tensor, not on it: a tensor that is saved or copied knows nothing of
+them. A write in place makes them void; one through ``.data`` is not seen.
 """
 
 from __future__ import annotations

@@ -54,18 +54,18 @@ class PlainUnit(nn.Module):
         self.downsample = downsample
         self.mixing = mixing
 
-    def _norms(self, norm_layer: Callable[..., nn.Module] | None, *widths: int) -> None:
+    def _norms(self, norm_layer: Callable[..., nn.Module] | None, *widths: int) -> list[nn.Module]:
         """``bn1``, ``bn2``, ...: behind each convolution, in (e) before each; ``widths`` start with the input's."""
         norm_layer = norm_layer or nn.BatchNorm2d
-        before = self.unit in NORM_BEFORE_CONV
-        for i, width in enumerate(widths[:-1] if before else widths[1:], 1):
-            wanted = i > 1 or not before or self.preactivate
-            setattr(self, f"bn{i}", norm_layer(width) if wanted else nn.Identity())
+        if self.unit not in NORM_BEFORE_CONV:
+            return [norm_layer(width) for width in widths[1:]]
+        first = norm_layer(widths[0]) if self.preactivate else nn.Identity()
+        return [first, *(norm_layer(width) for width in widths[1:-1])]
 
     def _start(self, x: Tensor) -> Tensor:
         """What the first convolution reads."""
         if self.preactivate:
-            x = self.relu(self.bn1(x) if self.unit == "full_preact" else x)
+            x = self.relu(self.bn1(x) if self.unit == "full_preact" else x)  # type: ignore[operator]  # of the subclass
         return x
 
     def _sum(self, x: Tensor, h: Tensor, branch: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ class PlainUnit(nn.Module):
         return branch + shortcut
 
     def extra_repr(self) -> str:
-        return f"unit={self.unit!r}" + ("" if self.preactivate == (self.unit in PREACTIVATED) else ", preactivate=False")
+        activated = self.unit in PREACTIVATED and not self.preactivate
+        return f"unit={self.unit!r}" + (", preactivate=False" if activated else "")
 
 
 class PlainBasicUnit(PlainUnit):
@@ -110,7 +111,7 @@ class PlainBasicUnit(PlainUnit):
             raise NotImplementedError(f"BasicUnit: expected dilation 1, got {dilation}")
         self.conv1 = conv3x3(inplanes, planes, stride)
         self.conv2 = conv3x3(planes, planes)
-        self._norms(norm_layer, inplanes, planes, planes)
+        self.bn1, self.bn2 = self._norms(norm_layer, inplanes, planes, planes)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +156,8 @@ class PlainBottleneckUnit(PlainUnit):
         self.conv1 = conv1x1(inplanes, width)
         self.conv2 = conv3x3(width, width, stride, groups, dilation)
         self.conv3 = conv1x1(width, planes * self.expansion)
-        self._norms(norm_layer, inplanes, width, width, planes * self.expansion)
+        widths = (inplanes, width, width, planes * self.expansion)
+        self.bn1, self.bn2, self.bn3 = self._norms(norm_layer, *widths)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:

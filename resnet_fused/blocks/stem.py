@@ -12,9 +12,9 @@ from resnet_fused.autograd.layer import no_autocast
 from resnet_fused.autograd.stem import StemFunction
 from resnet_fused.backends import use_backend
 from resnet_fused.blocks import inference, norms, paths
+from resnet_fused.blocks.layout import is_channels_last, operand_dtype
 from resnet_fused.blocks.parts import activation_reason
 from resnet_fused.blocks.paths import Reason
-from resnet_fused.blocks.layout import is_channels_last, operand_dtype
 
 if TYPE_CHECKING:  # the mixin stands in front of an nn.Module and relies on it
     _Module = nn.Module

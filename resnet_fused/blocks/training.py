@@ -1,4 +1,4 @@
-"""A fused block's training path: the deferred algorithm with its gradients, batch statistics, frozen ones or a mixture."""
+"""A fused block's training path: the deferred algorithm with its gradients, statistics of the batch or frozen."""
 
 from __future__ import annotations
 
@@ -154,4 +154,3 @@ def norm_relu(norm: Any, x: Tensor) -> Tensor:
 
 def _norm_relu(norm: nn.Module, x: Tensor, tiles: TileStatistics | None) -> tuple[Tensor, ...]:
     return NormReLUFunction.apply(norms.spec(norm), x, *(tiles or (None, None, None)), *norms.parameters(norm))
-
