@@ -46,7 +46,7 @@ def tiny_v2(block: str = "PreActBottleneck", **options: object) -> nn.Module:
         num_classes=5,
         norm_layer=BatchNormAct2d,
         conv_layer=create_conv2d,
-        **form,
+        **form[block],
         **options,
     )
     return randomise(model).double()
