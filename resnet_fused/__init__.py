@@ -1,4 +1,4 @@
-"""Fused residual blocks for PyTorch: drop-in BasicBlock, Bottleneck and stem, and a one-line swap of whole models."""
+"""Fused residual blocks for PyTorch: drop-in blocks, units and stem, and a one-line swap of whole models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from resnet_fused import aten as _aten
 from resnet_fused import cuda as _cuda
 from resnet_fused import models
 from resnet_fused.backends import use_backend
-from resnet_fused.blocks import BasicBlock, Bottleneck
+from resnet_fused.blocks import BasicBlock, BasicUnit, Bottleneck, BottleneckUnit, NormReLU, PReLUBlock
 from resnet_fused.blocks.paths import disabled
 from resnet_fused.convert import fuse, refresh, unfuse
 from resnet_fused.report import Explanation, Report, explain, report
@@ -15,8 +15,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BasicBlock",
+    "BasicUnit",
     "Bottleneck",
+    "BottleneckUnit",
     "Explanation",
+    "NormReLU",
+    "PReLUBlock",
     "Report",
     "disabled",
     "explain",

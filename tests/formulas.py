@@ -54,7 +54,9 @@ def _squeeze(state: State, branch: Tensor) -> Tensor:
     return h[:, :, None, None]
 
 
-def mixed(rule: tuple, state: State, x: Tensor, branch: Tensor, shortcut: Tensor, stride: int, training: bool) -> Tensor:
+def mixed(
+    rule: tuple, state: State, x: Tensor, branch: Tensor, shortcut: Tensor, stride: int, training: bool
+) -> Tensor:
     """The sum of a unit with input ``x``; ``rule`` is a name and its numbers."""
     name, *numbers = rule
     if name == "sum":

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import EPS, assert_close, assert_no_worse, assert_same_step, dtype_id, rand, randn, step
+from helpers import assert_close, assert_same_step, dtype_id, randn, step
 from torch import nn
 from units import (
     EXACT,
@@ -18,9 +18,13 @@ from units import (
     Stock,
     UnitCase,
     as_function,
+    assert_no_worse,
     assert_same,
     build_unit,
+    conditioned,
+    conditioned_input,
     formula_of,
+    leaf_input,
     path_of,
     run_block,
     run_formula,
@@ -150,8 +154,7 @@ def test_gradcheck(kind, unit, case):
     """Projections of the Jacobian on random vectors; the formula above covers it entry by entry."""
     for mode in ("train", "eval", "frozen"):
         run, parameters = as_function(set_mode(build_unit(kind, unit, case), mode))
-        x = unit_input(case, 2, size=(3, 4)).requires_grad_()
-        assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True), mode
+        assert torch.autograd.gradcheck(run, (leaf_input(case), *parameters), fast_mode=True), mode
 
 
 @pytest.mark.parametrize("mode", ["train", "frozen"])
@@ -160,8 +163,7 @@ def test_gradcheck(kind, unit, case):
 def test_gradcheck_of_every_entry(kind, unit, mode):
     width = 2 if kind == "basic" else 4
     run, parameters = as_function(set_mode(build_unit(kind, unit, IDENTITY, width=width), mode))
-    x = unit_input(IDENTITY, 2, width, (2, 3)).requires_grad_()
-    assert torch.autograd.gradcheck(run, (x, *parameters))
+    assert torch.autograd.gradcheck(run, (leaf_input(IDENTITY, width, (2, 3)), *parameters))
 
 
 @two_shortcuts
@@ -170,8 +172,7 @@ def test_gradcheck_of_every_entry(kind, unit, mode):
 def test_gradgradcheck(kind, unit, case):
     for mode in ("train", "frozen"):
         run, parameters = as_function(set_mode(build_unit(kind, unit, case), mode))
-        x = unit_input(case, 2, size=(3, 4)).requires_grad_()
-        assert torch.autograd.gradgradcheck(run, (x, *parameters), fast_mode=True, atol=1e-4), mode
+        assert torch.autograd.gradgradcheck(run, (leaf_input(case), *parameters), fast_mode=True, atol=1e-4), mode
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -193,57 +194,47 @@ def test_double_backward(kind, unit, case, training):
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
-# As the post-activation blocks': what one more rounding of the largest value may cost.
-FLOOR = {torch.float32: 2e-6, torch.float16: 2 * EPS[torch.float16], torch.bfloat16: 2 * EPS[torch.bfloat16]}
+
+three_shortcuts = pytest.mark.parametrize("case", [IDENTITY, PADDED, PROJECTED], ids=lambda case: case.id)
 
 
-def gentle(block: nn.Module) -> nn.Module:
-    """Norms near their initial values, so that no error is amplified."""
-    for i, norm in enumerate(m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
-        with torch.no_grad():
-            norm.weight.copy_(rand(norm.weight.numel(), seed=i))
-            norm.bias.copy_(randn(norm.bias.numel(), seed=i) * 0.2)
-    return block
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
+@pytest.mark.parametrize("mode", ["train", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
-@pytest.mark.parametrize("case", [IDENTITY, PADDED, PROJECTED], ids=lambda case: case.id)
+@three_shortcuts
 @every_unit
 @both_kinds
-def test_dtypes(kind, unit, case, dtype, training):
+def test_dtypes(kind, unit, case, dtype, mode):
     """Errors against the formula in fp64 at most twice those of PyTorch's modules, plus a floor."""
-    fused, plain = (gentle(block).to(dtype).train(training) for block in unit_pair(kind, unit, case, width=16))
-    x = unit_input(case, 4, 16, (8, 9)).to(dtype)
+    fused, plain = (
+        set_mode(conditioned(block, dtype).to(dtype), mode) for block in unit_pair(kind, unit, case, width=16)
+    )
+    x = conditioned_input(dtype).to(dtype)
     exact = copy.deepcopy(plain).double()
     truth = run_formula(formula_of(exact, case), state_of(exact), x.double())
-    ours, theirs = run_block(fused, x), run_block(plain, x)
-    assert ours.keys() == theirs.keys() == truth.keys()
-    for name, value in theirs.items():
-        assert_no_worse(ours[name], value, truth[name], FLOOR[dtype], name)
+    assert_no_worse(run_block(fused, x), run_block(plain, x), truth, mode)
     truth = run_formula(formula_of(exact.eval(), case), state_of(exact), x.double())
     with torch.no_grad():
+        outs = []
         for block in (fused, plain):
             block.load_state_dict(exact.state_dict())
-        assert_no_worse(fused.eval()(x), plain.eval()(x), truth["out"], FLOOR[dtype], "inference")
+            outs.append({"out": block.eval()(x)})
+        assert_no_worse(*outs, {"out": truth["out"]}, "inference")
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-@pytest.mark.parametrize("case", [IDENTITY, PADDED, PROJECTED], ids=lambda case: case.id)
+@three_shortcuts
 @every_unit
 @both_kinds
 def test_autocast(kind, unit, case, x_dtype):
     """dtypes of output and gradients are those of PyTorch's modules, and the errors at most twice theirs."""
-    fused, plain = (gentle(block).float() for block in unit_pair(kind, unit, case, width=16))
-    x = unit_input(case, 4, 16, (8, 9)).to(x_dtype)
+    fused, plain = (conditioned(block, torch.bfloat16).float() for block in unit_pair(kind, unit, case, width=16))
+    x = conditioned_input(torch.bfloat16).to(x_dtype)
     for mode in ("train", "frozen"):
         exact = copy.deepcopy(plain).double()
         truth = run_formula(formula_of(set_mode(exact, mode), case), state_of(exact), x.double())
         with torch.autocast("cpu", torch.bfloat16):
             ours, theirs = (run_block(set_mode(block, mode), x) for block in (fused, plain))
-        assert ours.keys() == theirs.keys() == truth.keys()
-        for name, value in theirs.items():
-            assert_no_worse(ours[name], value, truth[name], FLOOR[torch.bfloat16], f"{mode}, {name}")
+        assert_no_worse(ours, theirs, truth, mode, torch.bfloat16)
 
 
 # --- the post-activation unit is the package's block ------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from formulas import prelu_formula, unit_formula
-from helpers import randn, randomise
+from helpers import EPS, rand, randn, randomise
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -64,11 +64,12 @@ RULES = (
     UnitCase("identity", ("depth-row", 0.5), 1, "stochastic depth of rows"),
     UnitCase("projection", ("depth-row", 0.3), 2, "stochastic depth of rows, option B"),
     UnitCase("identity", ("depth-batch", 0.2), 1, "stochastic depth of a batch"),
-    UnitCase("identity", ("learned", 1), 1, "learned scaling"),
-    UnitCase("projection", ("learned", "channels"), 2, "learned scaling of channels, option B"),
+    UnitCase("identity", ("learned", "channels"), 1, "learned scaling of channels"),
+    UnitCase("projection", ("learned", 1), 2, "learned scaling, option B"),
     UnitCase("identity", ("squeeze",), 1, "squeeze and excitation"),
     UnitCase("projection", ("squeeze",), 2, "squeeze and excitation, option B"),
 )
+ONE_OF_EACH = tuple({case.rule[0]: case for case in reversed(RULES)}.values())
 # A bottleneck's geometry.
 WIDTHS = (
     UnitCase("identity", ("sum",), 1, "groups", {"groups": 2}),
@@ -110,7 +111,7 @@ def build_unit(
     same = case.shortcut in ("identity", "conv") or stride == 1
     outplanes = width if same and case.rule != ("none",) else width + 4
     if kind == "bottleneck":
-        options = {"base_width": 128, **options}  # a width of 2 for one plane
+        options = {"base_width": 128, **options}  # half as wide as its output
     planes = outplanes // cls.expansion
     options = {**case.options, **options}
     down = {
@@ -138,8 +139,13 @@ def unit_pair(kind: str, unit: str, case: UnitCase, **options: object) -> tuple[
     return build_unit(kind, unit, case, **options), build_unit(kind, unit, case, package=Stock, **options)
 
 
-def unit_input(case: UnitCase, n: int = 3, width: int = 4, size: tuple[int, int] = (5, 7), **options) -> Tensor:
-    return randn(n, width, *size, seed=5, **options)
+def unit_input(case: UnitCase, n: int = 3, width: int = 4, size: tuple[int, int] = (5, 7), *, seed: int = 5) -> Tensor:
+    return randn(n, width, *size, seed=seed)
+
+
+def leaf_input(case: UnitCase, width: int = 4, size: tuple[int, int] = (3, 4)) -> Tensor:
+    """A small input for finite differences, with which no ReLU stands within a step of its kink."""
+    return unit_input(case, 2, width, size, seed=8).requires_grad_()
 
 
 def set_mode(block: nn.Module, mode: str) -> nn.Module:
@@ -149,6 +155,41 @@ def set_mode(block: nn.Module, mode: str) -> nn.Module:
         if mode == "frozen" or mode == ("even-frozen" if i % 2 else "odd-frozen"):
             norm.eval()
     return block
+
+
+# What one more rounding of the largest value may cost, as for the post-activation blocks.
+FLOOR = {torch.float32: 2e-6, torch.float16: 2 * EPS[torch.float16], torch.bfloat16: 2 * EPS[torch.bfloat16]}
+
+
+def conditioned(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Norms that amplify no error of arithmetic in ``dtype``.
+
+    In 16 bits a value near 0 falls on either side of a ReLU by chance, and one such element outweighs all rounding:
+    there the norms' output has one sign all over a channel, positive in every other one. In fp32 that is rare, and
+    large means would cancel in the gradients instead.
+    """
+    for i, norm in enumerate(m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+        size = norm.weight.numel()
+        with torch.no_grad():
+            norm.weight.copy_(rand(size, seed=i) * (1.0 if dtype == torch.float32 else 0.3))
+            norm.bias.copy_(randn(size, seed=i) * 0.2 if dtype == torch.float32 else 1.5 * _signs(size))
+            norm.running_mean.zero_()
+            norm.running_var.fill_(4.0)
+    with torch.no_grad():
+        for name, p in block.named_parameters():
+            if name == "mixing.weight":
+                p.abs_()  # branch and shortcut have the same sign
+    return block
+
+
+def conditioned_input(dtype: torch.dtype) -> Tensor:
+    """An input (4, 16, 8, 9) in fp64 of the same signs."""
+    x = randn(4, 16, 8, 9, seed=5)
+    return x if dtype == torch.float32 else 0.3 * x + 1.5 * _signs(16)[:, None, None]
+
+
+def _signs(channels: int) -> Tensor:
+    return 1.0 - 2.0 * (torch.arange(channels) % 2).double()
 
 
 # --- against the formula ----------------------------------------------------------------------------------------------
@@ -229,8 +270,34 @@ def assert_same(
     for name, exact in theirs.items():
         assert ours[name].shape == exact.shape, f"{what}: {name}"
         assert ours[name].dtype == exact.dtype, f"{what}: {name}"
+        if exact.numel() == 0:
+            continue
         deviation = (ours[name] - exact).abs().max().item()
         assert deviation <= tolerance * max(1.0, exact.abs().max().item()), f"{what}: {name} is off by {deviation:.3g}"
+
+
+def assert_no_worse(
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    what: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """The same tensors with the same dtypes exist; against fp64 ours are at most twice as wrong as PyTorch's modules'.
+
+    The floor is relative to the largest value of all tensors of a kind (images, weights, vectors, buffers), because
+    some gradients cancel to nothing but rounding. ``dtype``: that of the arithmetic, the output's unless given.
+    """
+    assert ours.keys() == theirs.keys() == exact.keys(), what
+    kinds = {name: ("buffer" in name, name in ("out", "x"), t.dim()) for name, t in exact.items()}
+    scales = {
+        kind: max(exact[name].abs().max().item() for name in kinds if kinds[name] == kind) for kind in kinds.values()
+    }
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, f"{what}: {name} is {ours[name].dtype} instead of {value.dtype}"
+        a, b = ((t[name].double() - exact[name]).abs().max().item() for t in (ours, theirs))
+        floor = FLOOR[dtype or theirs["out"].dtype] * scales[kinds[name]]
+        assert a <= 2 * b + floor, f"{what}: {name} is off by {a:.3g}, PyTorch's by {b:.3g}, floor {floor:.3g}"
 
 
 def path_of(block: nn.Module, x: Tensor) -> tuple[str | None, str | None]:
@@ -244,7 +311,7 @@ def path_of(block: nn.Module, x: Tensor) -> tuple[str | None, str | None]:
 
 
 def as_function(block: nn.Module) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The block as a function of its input and parameters, with the same random factors on each call; its parameters."""
+    """The block as a function of its input and parameters, equal random factors on each call; and its parameters."""
     names = [name for name, _ in block.named_parameters()]
     buffers = {name: b.clone() for name, b in block.named_buffers()}
 
