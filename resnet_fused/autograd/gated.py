@@ -1,8 +1,8 @@
-"""A residual unit whose gate is computed from its branch (squeeze-and-excitation): two functions with the gate between.
+"""A residual unit whose gate is computed from its branch (squeeze-and-excitation): two functions, the gate between them.
 
 :class:`BranchFunction` hands out the last convolution's output in place of its normalised form: what comes back as its
-gradient is that of ``bn(y)``, which is never written. :class:`EndFunction` is the other half of that agreement. Only with
-a ReLU on the branch before the sum the branch is written: the gate's mean is that of the ReLU's output.
+gradient is that of ``bn(y)``, which is never written. :class:`EndFunction` is the other half of that agreement. Only
+with a ReLU on the branch before the sum the branch is written: the gate's mean is that of the ReLU's output.
 """
 
 from __future__ import annotations
