@@ -1,4 +1,4 @@
-"""A residual unit whose gate is computed from its branch (squeeze-and-excitation): two functions, the gate between them.
+"""A residual unit whose gate is computed from its branch (squeeze-and-excitation): two functions around the gate.
 
 :class:`BranchFunction` hands out the last convolution's output in place of its normalised form: what comes back as its
 gradient is that of ``bn(y)``, which is never written. :class:`EndFunction` is the other half of that agreement. Only
