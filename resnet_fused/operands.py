@@ -58,7 +58,8 @@ class Gradient(NamedTuple):
 class Mix(NamedTuple):
     """The weights of a block's sum: ``(branch + branch_gate * gate) * F + (shortcut + shortcut_gate * gate) * S``.
 
-    ``gate`` is a tensor that broadcasts against the sum; it is read where one of the two gate weights is not 0.
+    ``gate`` is a tensor that broadcasts against the sum; it is read where one of the two gate weights is not 0. A
+    shortcut whose two weights are 0 is not read: an infinite value in it counts for nothing.
     """
 
     branch: float = 1.0

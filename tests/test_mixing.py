@@ -7,27 +7,29 @@ import copy
 import pytest
 import torch
 from helpers import assert_close, dtype_id, randn
-from units import (
+from parity import (
     EXACT,
+    SEED,
+    as_function,
+    assert_no_worse,
+    assert_same,
+    formula_of,
+    path_of,
+    run_block,
+    run_formula,
+    state_of,
+)
+from units import (
     KINDS,
     MODES,
     ONE_OF_EACH,
     RULES,
-    SEED,
     UNITS,
-    as_function,
-    assert_no_worse,
-    assert_same,
     build_unit,
     conditioned,
     conditioned_input,
-    formula_of,
     leaf_input,
-    path_of,
-    run_block,
-    run_formula,
     set_mode,
-    state_of,
     unit_input,
     unit_pair,
 )

@@ -3,54 +3,31 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
-from helpers import assert_close, dtype_id, error, randn, randomise
-from torch import nn
-from torch.nn import functional as F
-from units import (
+from helpers import assert_close, dtype_id, randn, randomise
+from parity import (
     EXACT,
-    MODES,
-    Stock,
     as_function,
     assert_no_worse,
     assert_same,
-    conditioned,
-    conditioned_input,
     path_of,
     prelu_formula_of,
     run_block,
     run_formula,
-    set_mode,
     state_of,
 )
+from torch import nn
+from torch.nn import functional as F
+from units import MODES, build_prelu, conditioned, conditioned_input, prelu_input, prelu_pair, set_mode
 
-import resnet_fused
 from resnet_fused.blocks import PReLUBlock
 
 C = 4
 bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 slopes = pytest.mark.parametrize("slopes", [1, C], ids=["one-slope", "slopes"])
 final = pytest.mark.parametrize("final", [True, False], ids=["final", "linear"])
-
-
-def build(bias: bool = True, slopes: int = 1, final: bool = True, *, package=resnet_fused.blocks, channels: int = C):
-    """A randomised fp64 block of ``package``; slopes of both signs and above 1."""
-    torch.manual_seed(0)
-    block = package.PReLUBlock(channels, bias=bias, num_parameters=slopes, final_activation=final)
-    with torch.no_grad():
-        block.prelu.weight.copy_(torch.tensor([0.25] if slopes == 1 else [0.25, -0.5, 1.5, 0.0] * (channels // 4)))
-    return randomise(block).double()
-
-
-def pair(*args, **options):
-    return build(*args, **options), build(*args, package=Stock, **options)
-
-
-def prelu_input(n: int = 3, channels: int = C, size: tuple[int, int] = (5, 7), seed: int = 5):
-    return randn(n, channels, *size, seed=seed)
 
 
 def assert_formula(block: nn.Module, x: torch.Tensor, what: str = "block", need_dx: bool = True) -> dict:
@@ -69,7 +46,7 @@ def assert_formula(block: nn.Module, x: torch.Tensor, what: str = "block", need_
 def test_formula(bias, slopes, final):
     """Output, all gradients, running statistics and counters, with norms in training, in eval and mixed."""
     for mode in MODES:
-        assert_formula(set_mode(build(bias, slopes, final), mode), prelu_input(), mode)
+        assert_formula(set_mode(build_prelu(bias, slopes, final), mode), prelu_input(), mode)
 
 
 @pytest.mark.parametrize("slope", [-0.3, 0.0, 1.0, 2.0])
@@ -77,7 +54,7 @@ def test_formula(bias, slopes, final):
 def test_any_slope(slope, final):
     """Negative slopes turn the order of values around: the sign of the output is not that of the sum."""
     for mode in ("train", "frozen"):
-        block = build(final=final)
+        block = build_prelu(final=final)
         nn.init.constant_(block.prelu.weight, slope)
         assert_formula(set_mode(block, mode), prelu_input(), mode)
 
@@ -86,7 +63,7 @@ def test_any_slope(slope, final):
 @slopes
 def test_zeros_in_front_of_the_activation(slopes, final):
     """At exactly 0 PyTorch multiplies the gradient by the slope, and the slope itself gets nothing."""
-    block, x = build(True, slopes, final), prelu_input()
+    block, x = build_prelu(True, slopes, final), prelu_input()
     with torch.no_grad():
         for norm in (block.bn1, block.bn2):
             norm.weight[1:3] = 0
@@ -101,7 +78,7 @@ def test_zeros_in_front_of_the_activation(slopes, final):
 
 def test_the_shared_slope_gets_both_uses():
     """Its gradient is the sum of those of two separate slopes; without the final activation the first alone is left."""
-    block, x = build(), prelu_input()
+    block, x = build_prelu(), prelu_input()
     shared = run_block(copy.deepcopy(block), x)["prelu.weight"]
     state = {name: t.detach() for name, t in block.state_dict().items()}
     first, second = (state["prelu.weight"].clone().requires_grad_() for _ in range(2))
@@ -118,18 +95,18 @@ def test_the_shared_slope_gets_both_uses():
 @final
 def test_bias_of_a_convolution_in_front_of_a_norm(final):
     """Under batch statistics its gradient is rounding alone, and it moves the running mean; frozen, it counts."""
-    block = build(final=final)
+    block = build_prelu(final=final)
     found = assert_formula(block, prelu_input())
     for name in ("conv1.bias", "conv2.bias"):
         assert found[name].abs().max() < 1e-10
-    without = build(final=final)
+    without = build_prelu(final=final)
     with torch.no_grad():
         without.conv1.bias.zero_()
     without = run_block(without, prelu_input())
     assert_close(found["out"], without["out"], EXACT)
     moved = found["buffer bn1.running_mean"] - without["buffer bn1.running_mean"]
-    assert_close(moved, 0.1 * build(final=final).conv1.bias, EXACT)
-    frozen = assert_formula(set_mode(build(final=final), "frozen"), prelu_input())
+    assert_close(moved, 0.1 * build_prelu(final=final).conv1.bias, EXACT)
+    frozen = assert_formula(set_mode(build_prelu(final=final), "frozen"), prelu_input())
     assert min(frozen[name].abs().max() for name in ("conv1.bias", "conv2.bias")) > 1e-3
 
 
@@ -138,7 +115,7 @@ def test_bias_of_a_convolution_in_front_of_a_norm(final):
 @bias
 def test_inference(bias, slopes, final):
     """In eval without gradients, for several inputs in turn, in both memory formats; nothing is written."""
-    block = build(bias, slopes, final).eval()
+    block = build_prelu(bias, slopes, final).eval()
     state = state_of(block)
     for seed, size in ((1, (5, 7)), (2, (5, 7)), (3, (4, 4)), (1, (5, 7))):
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -154,7 +131,7 @@ def test_inference(bias, slopes, final):
 
 @final
 def test_steps_of_sgd(final):
-    fused, plain = pair(final=final)
+    fused, plain = prelu_pair(final=final)
     optimizers = [torch.optim.SGD(block.parameters(), lr=1e-2, momentum=0.9) for block in (fused, plain)]
     for i in range(3):
         assert_same(*(run_block(block.train(), prelu_input(seed=i)) for block in (fused, plain)), 1e-9)
@@ -168,7 +145,7 @@ def test_steps_of_sgd(final):
 @slopes
 @bias
 def test_path(bias, slopes, final):
-    block, x = build(bias, slopes, final), prelu_input()
+    block, x = build_prelu(bias, slopes, final), prelu_input()
     assert path_of(block, x) == ("train", None)
     assert path_of(block.eval(), x) == ("train", None)
     with torch.no_grad():
@@ -184,7 +161,7 @@ def test_path(bias, slopes, final):
 @bias
 def test_gradcheck(bias, slopes, final):
     for mode in ("train", "eval", "odd-frozen"):
-        run, parameters = as_function(set_mode(build(bias, slopes, final), mode))
+        run, parameters = as_function(set_mode(build_prelu(bias, slopes, final), mode))
         x = prelu_input(2, size=(3, 4), seed=8).requires_grad_()
         assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True), mode
 
@@ -203,7 +180,7 @@ def test_gradcheck_of_every_entry(final, mode):
 @slopes
 def test_gradgradcheck(slopes, final):
     for mode in ("train", "frozen"):
-        run, parameters = as_function(set_mode(build(True, slopes, final), mode))
+        run, parameters = as_function(set_mode(build_prelu(True, slopes, final), mode))
         x = prelu_input(2, size=(3, 4), seed=8).requires_grad_()
         assert torch.autograd.gradgradcheck(run, (x, *parameters), fast_mode=True, atol=1e-4), mode
 
@@ -213,7 +190,7 @@ def test_gradgradcheck(slopes, final):
 @bias
 def test_double_backward(bias, slopes, final):
     found = []
-    for block in pair(bias, slopes, final):
+    for block in prelu_pair(bias, slopes, final):
         x = prelu_input().requires_grad_()
         out = block(x)
         gradients = torch.autograd.grad(out, [x, *block.parameters()], randn(*out.shape, seed=9), create_graph=True)
@@ -228,7 +205,7 @@ def test_double_backward(bias, slopes, final):
 def test_gradients_exactly_where_asked(asked, final):
     parts = {"conv1.weight": "weights", "conv2.weight": "weights", "conv1.bias": "biases", "conv2.bias": "biases"}
     for mode in ("train", "frozen"):
-        block = set_mode(build(final=final), mode)
+        block = set_mode(build_prelu(final=final), mode)
         for name, p in block.named_parameters():
             p.requires_grad_(parts.get(name, "slope" if name == "prelu.weight" else "norms") in asked)
         found = assert_formula(block, prelu_input(), mode, need_dx=asked.startswith("x"))
@@ -244,7 +221,7 @@ def test_gradients_exactly_where_asked(asked, final):
 @slopes
 def test_dtypes(slopes, final, dtype, mode):
     """Errors against the formula in fp64 at most twice those of PyTorch's modules, plus a floor."""
-    blocks = pair(True, 16 if slopes == C else 1, final, channels=16)
+    blocks = prelu_pair(True, 16 if slopes == C else 1, final, channels=16)
     fused, plain = (set_mode(conditioned(block, dtype).to(dtype), mode) for block in blocks)
     x = conditioned_input(dtype).to(dtype)
     exact = copy.deepcopy(plain).double()
@@ -263,161 +240,10 @@ def test_dtypes(slopes, final, dtype, mode):
 @final
 def test_autocast(final, x_dtype):
     """dtypes of output and gradients are those of PyTorch's modules, and the errors at most twice theirs."""
-    fused, plain = (conditioned(block, torch.bfloat16).float() for block in pair(final=final, channels=16))
+    fused, plain = (conditioned(block, torch.bfloat16).float() for block in prelu_pair(final=final, channels=16))
     x = conditioned_input(torch.bfloat16).to(x_dtype)
     exact = copy.deepcopy(plain).double()
     truth = run_formula(prelu_formula_of(exact), state_of(exact), x.double())
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = run_block(fused, x), run_block(plain, x)
     assert_no_worse(ours, theirs, truth, "autocast", torch.bfloat16)
-
-
-# --- changes, copies, edges -------------------------------------------------------------------------------------------
-
-
-def scale_slope(block):
-    with torch.no_grad():
-        block.prelu.weight.mul_(-2)
-
-
-def scale_bias(block):
-    with torch.no_grad():
-        block.conv1.bias.add_(1)
-
-
-def replace_slope(block):
-    block.prelu.weight = nn.Parameter(torch.full((C,), 0.7, dtype=torch.float64))
-
-
-def drop_final(block):
-    block.final_activation = False
-
-
-def drop_bias(block):
-    block.conv2.bias = None
-
-
-def scale_weight(block):
-    with torch.no_grad():
-        block.conv2.weight.mul_(1.5)
-
-
-CHANGES = [scale_slope, scale_bias, replace_slope, drop_final, drop_bias, scale_weight]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_inference_follows_every_change(change):
-    fused, plain = (block.eval() for block in pair())
-    x = prelu_input()
-    with torch.no_grad():
-        for _ in range(3):
-            before = fused(x).clone()
-        for block in (fused, plain):
-            change(block)
-        for _ in range(2):
-            assert_close(fused(x), plain(x), EXACT)
-        assert error(plain(x), before) > 1e-3
-    assert_same(*(run_block(block.train(), x) for block in (fused, plain)))
-
-
-def test_other_activation_runs_the_original():
-    """Put in after construction: the block computes what its modules say."""
-    found = []
-    for block in pair():
-        block.prelu = nn.LeakyReLU(0.1)
-        found.append(run_block(block, prelu_input()))
-    assert_same(*found)
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))], ids=["deepcopy", "pickle"])
-def test_copies_after_use(how):
-    block, x = build().eval(), prelu_input()
-    with torch.no_grad():
-        block(x)
-        other = how(block)
-        other.prelu.weight.mul_(3)
-        assert_close(other(x), prelu_formula_of(other)(state_of(other), x)[0], EXACT)
-        assert error(other(x), block(x)) > 1e-3
-
-
-def test_nan_propagates():
-    x = prelu_input()
-    x[1, 0, 2, 2] = float("nan")
-    for final in (True, False):
-        fused, plain = (block.eval() for block in pair(final=final))
-        ours, theirs = run_block(fused, x), run_block(plain, x)
-        assert theirs["out"].isnan().any()
-        for name, exact in theirs.items():
-            torch.testing.assert_close(ours[name], exact, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_edges_are_pytorchs():
-    """An empty batch works; one value per channel is refused with PyTorch's sentence, and nothing has moved."""
-    for mode in ("train", "eval"):
-        fused, plain = (set_mode(block, mode) for block in pair())
-        assert_same(run_block(fused, prelu_input()[:0]), run_block(plain, prelu_input()[:0]))
-    messages = []
-    for block in pair():
-        before = copy.deepcopy(block.state_dict())
-        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training") as caught:
-            block(randn(1, C, 1, 1))
-        messages.append(str(caught.value))
-        moved = {name for name, t in block.state_dict().items() if not torch.equal(t, before[name])}
-        assert moved <= {"bn1.num_batches_tracked"}
-        block.eval()(randn(1, C, 1, 1))
-    assert messages[0] == messages[1]
-    for x in (randn(2, C + 1, 3, 3), randn(C, 3), prelu_input().float()):
-        messages = []
-        for block in pair():
-            with pytest.raises((RuntimeError, ValueError)) as caught:
-                block(x)
-            messages.append(str(caught.value))
-        assert messages[0] == messages[1]
-
-
-def test_hooks_run_and_send_the_block_to_its_modules():
-    block, x = build(), prelu_input()
-    seen = []
-    handle = block.prelu.register_forward_hook(lambda m, i, out: seen.append(1))
-    block(x)
-    assert len(seen) == 2
-    assert path_of(block, x) == ("original", "hooks")
-    handle.remove()
-    assert path_of(block, x) == ("train", None)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
-@final
-def test_compile_script_and_export(final):
-    """The whole block in one graph, in training and in eval; scripted and exported programs are PyTorch's."""
-    for training in (True, False):
-        block, x = build(final=final).train(training), prelu_input()
-        exact = run_formula(prelu_formula_of(block), state_of(block), x)
-        compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
-        ours = {name.replace("_orig_mod.", ""): t for name, t in run_block(compiled, x).items()}
-        assert_same(ours, exact, what="compiled")
-        torch._dynamo.reset()
-        assert_same(run_block(torch.jit.script(copy.deepcopy(block)), x), exact, what="scripted")
-        program = torch.export.export(copy.deepcopy(block), (x,))
-        assert "resnet_fused" not in str(program.graph)
-        exported = run_block(program.module(), x)
-        assert_close(exported["out"], exact["out"], EXACT)
-
-
-# --- constructor ------------------------------------------------------------------------------------------------------
-
-
-def test_constructor():
-    with pytest.raises(ValueError, match="PReLUBlock: expected num_parameters to be 1 or the 8 channels, got 3"):
-        PReLUBlock(8, num_parameters=3)
-    blocks = []
-    for package in (resnet_fused.blocks, Stock):
-        torch.manual_seed(3)
-        blocks.append(package.PReLUBlock(8))
-    ours, theirs = (block.state_dict() for block in blocks)
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert ours["prelu.weight"].shape == (1,)
-    assert "conv1.bias" in ours
-    assert "conv1.bias" not in PReLUBlock(8, bias=False).state_dict()
-    assert type(PReLUBlock(4, norm_layer=lambda c: nn.GroupNorm(1, c)).bn1) is nn.GroupNorm

@@ -7,9 +7,19 @@ import copy
 import pytest
 import torch
 from helpers import assert_close, assert_same_step, dtype_id, randn, step
+from parity import (
+    EXACT,
+    as_function,
+    assert_no_worse,
+    assert_same,
+    formula_of,
+    path_of,
+    run_block,
+    run_formula,
+    state_of,
+)
 from torch import nn
 from units import (
-    EXACT,
     KINDS,
     MODES,
     SHORTCUTS,
@@ -17,19 +27,11 @@ from units import (
     WIDTHS,
     Stock,
     UnitCase,
-    as_function,
-    assert_no_worse,
-    assert_same,
     build_unit,
     conditioned,
     conditioned_input,
-    formula_of,
     leaf_input,
-    path_of,
-    run_block,
-    run_formula,
     set_mode,
-    state_of,
     unit_input,
     unit_pair,
 )

@@ -9,29 +9,11 @@ import pickle
 import pytest
 import torch
 from helpers import assert_close, error, randn
+from parity import EXACT, SEED, assert_same, formula_of, path_of, run_block, run_formula, state_of
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-from units import (
-    EXACT,
-    KINDS,
-    ONE_OF_EACH,
-    RULES,
-    SEED,
-    SHORTCUTS,
-    UNITS,
-    UnitCase,
-    assert_same,
-    build_unit,
-    formula_of,
-    path_of,
-    run_block,
-    run_formula,
-    set_mode,
-    state_of,
-    unit_input,
-    unit_pair,
-)
+from units import KINDS, ONE_OF_EACH, RULES, SHORTCUTS, UNITS, UnitCase, build_unit, set_mode, unit_input, unit_pair
 
 import resnet_fused
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnet_fused import ops
 from resnet_fused.autograd.layer import (
+    TENSORS,
     Layer,
     NormResult,
     NormSpec,
@@ -57,6 +57,22 @@ class BranchSpec(NamedTuple):
         return len(self.chain) - 1
 
 
+class Inputs(NamedTuple):
+    """The tensors that a unit's functions take in front of the parameters."""
+
+    x: Tensor  # (N, C, H, W) channels_last, dtype of the convolutions' operands
+    shortcut: Tensor | None = None  # what the projection reads, or what is added, in the place of x
+    gate: Tensor | None = None  # broadcasts against the sum
+    slope: Tensor | None = None  # of the PReLU between convolutions, (1,) or (C,)
+    end_slope: Tensor | None = None  # of the PReLU at the end
+    counts: Tensor | None = None  # statistics of x where they are known: TileStatistics
+    mean: Tensor | None = None
+    m2: Tensor | None = None
+
+
+INPUTS = len(Inputs._fields)
+
+
 class Branch(NamedTuple):
     """What forward made."""
 
@@ -85,7 +101,7 @@ def slope_gradient(dslopes: Sequence[Tensor | None], slope: Tensor | None, neede
         return None
     total: Tensor | None = None
     for dslope in dslopes:
-        if dslope is not None:
+        if dslope is not None and dslope.numel() > 0:
             part = dslope.sum(0, keepdim=True) if slope.numel() == 1 else dslope
             total = part if total is None else total + part
     return None if total is None else total.to(slope.dtype)
@@ -158,9 +174,11 @@ def moments(results: Sequence[NormResult | None], parameters: Sequence[Parameter
 class Wanted:
     """Which gradients of a branch are asked for, and what has to be computed for them."""
 
-    def __init__(self, spec: BranchSpec, x: bool, shortcut: bool | None, parameters: Sequence[Sequence[bool]]) -> None:
+    def __init__(
+        self, spec: BranchSpec, x: bool, shortcut: bool | None, slope: bool, parameters: Sequence[Sequence[bool]]
+    ) -> None:
         """``shortcut`` is None where no tensor is given: the projection reads what the chain reads."""
-        self.spec, self.x, self.parameters = spec, x, parameters
+        self.spec, self.x, self.slope, self.parameters = spec, x, slope, parameters
         self.source = x or (spec.pre is not None and any(parameters[-1]))  # the gradient of what the chain reads
         self.shortcut = self.source if shortcut is None else shortcut  # of what the projection reads
 
@@ -168,7 +186,7 @@ class Wanted:
         """Whether anything that layer ``i`` reads wants a gradient."""
         if i > self.spec.last:
             return self.shortcut
-        return self.source or any(any(p) for p in self.parameters[:i])
+        return self.source or (i > 0 and self.slope) or any(any(p) for p in self.parameters[:i])
 
     def sums(self, i: int) -> bool:
         """Whether norm ``i``'s two sums are used: by its parameters, or by ``dy`` under batch statistics."""
@@ -208,7 +226,6 @@ def backward(
     shortcut: Tensor | None,
     slope: Tensor | None,
     parameters: Sequence[Parameters],
-    need_slope: bool,
     into_branch: Incoming,
     into_shortcut: Incoming | None,
     *,
@@ -219,7 +236,7 @@ def backward(
     ``into_shortcut`` belongs to the projection's output, or to ``x`` itself where there is no projection and no
     ``shortcut``. Gradients that are not in ``keep`` may be written over.
     """
-    gradients: list[tuple[Tensor | None, ...]] = [(None,) * 6] * len(parameters)
+    gradients: list[tuple[Tensor | None, ...]] = [(None,) * TENSORS] * len(parameters)
     dslopes: list[Tensor | None] = []
 
     def layer_backward(i, into: Incoming, source, source_norm, need_dx, skip=None, skip_scale=1.0, consume=False):
@@ -288,7 +305,7 @@ def backward(
         norm = branch.norm(i - 1) if below and wanted.sums(i - 1) else None
         dx, dbeta, dgamma = layer_backward(i, into, source, norm, below, consume=consume)
         if dx is None:
-            return BranchGradients(None, dshortcut, slope_gradient(dslopes, slope, need_slope), gradients)
+            return BranchGradients(None, dshortcut, slope_gradient(dslopes, slope, wanted.slope), gradients)
         into = Incoming(Gradient(dx), 1.0, dbeta, dgamma) if norm is not None else Incoming(Gradient(dx))
         consume = True
 
@@ -303,7 +320,7 @@ def backward(
     if deferred_source and dx is not None:
         source_gradient = Incoming(Gradient(dx), 1.0, *((dbeta, dgamma) if norm is not None else (None, None)))
         dx = _input_gradient(spec, wanted, branch, x, parameters, source_gradient, identity, gradients)
-    dslope = slope_gradient(dslopes, slope, need_slope)
+    dslope = slope_gradient(dslopes, slope, wanted.slope)
     return BranchGradients(dx if wanted.x else None, dshortcut, dslope, gradients)
 
 
@@ -339,45 +356,3 @@ def _input_gradient(spec, wanted, branch, x, parameters, into: Incoming, identit
     if identity is None:
         return ops.bn_add_relu.apply(grad, x)
     return ops.bn_add_relu.apply(grad, x, skip=identity.grad, skip_scale=identity.factor)
-
-
-# --- the same branch in differentiable PyTorch: double backward -------------------------------------------------------
-
-
-def norm_composition(spec: NormSpec | None, y: Tensor, parameters: Parameters) -> Tensor:
-    """A norm as PyTorch's operator; ``y`` has its convolution's bias already."""
-    if spec is None:
-        return y
-    gamma, beta, mean, var = parameters.norm
-    if not spec.frozen:
-        mean = var = None
-    return F.batch_norm(y, mean, var, gamma, beta, not spec.frozen, 0.0, spec.eps)
-
-
-def composition(
-    spec: BranchSpec, x: Tensor, shortcut: Tensor | None, slope: Tensor | None, parameters: Sequence[Parameters]
-) -> tuple[Tensor, Tensor]:
-    """The outputs of the chain and of the shortcut, norms included, as PyTorch's own operators."""
-
-    def layer(i: int, h: Tensor) -> Tensor:
-        kernel, conv, norm = spec.layers[i]
-        weight, bias, _ = parameters[i]
-        assert weight is not None
-        bias = None if bias is None else bias.to(spec.dtype)
-        padding = conv.dilation * (kernel - 1) // 2
-        y = F.conv2d(h.to(spec.dtype), weight.to(spec.dtype), bias, conv.stride, padding, conv.dilation, conv.groups)
-        return norm_composition(norm, y, parameters[i])
-
-    source = x
-    if spec.pre is not None:
-        source = norm_composition(spec.pre, x, parameters[-1])
-    if spec.pre is not None or spec.pre_relu:
-        source = F.relu(source)
-    h = source
-    for i in range(len(spec.chain)):
-        if i > 0:
-            h = F.relu(h) if slope is None else F.prelu(h, slope.to(h.dtype))
-        h = layer(i, h)
-    if spec.projection is not None:
-        return h, layer(spec.last + 1, source if shortcut is None else shortcut)
-    return h, x if shortcut is None else shortcut

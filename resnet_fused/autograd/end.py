@@ -5,19 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnet_fused import ops
-from resnet_fused.autograd.branch import Incoming, norm_composition, slope_gradient, slopes
-from resnet_fused.autograd.layer import (
-    TENSORS,
-    NormResult,
-    NormSpec,
-    Parameters,
-    coefficients,
-    like,
-    normalise,
-)
+from resnet_fused.autograd.branch import Incoming, slope_gradient, slopes
+from resnet_fused.autograd.layer import TENSORS, NormResult, NormSpec, Parameters, normalise
+from resnet_fused.autograd.norm_relu import norm_relu_backward
 from resnet_fused.operands import Deferred, Gradient, Mix, Norm, TileStatistics
 
 
@@ -156,53 +148,10 @@ def backward(
     into_shortcut = None
     if added is not None:
         factor = mix.shortcut
-        into_shortcut = Incoming(grad, factor, _times(dbeta, factor), _times(shortcut_dgamma, factor))
+        own = dbeta.clone() if sums and shortcut_sums and dbeta is not None else dbeta  # two parameters' gradients
+        into_shortcut = Incoming(grad, factor, _times(own, factor), _times(shortcut_dgamma, factor))
     return EndGradients(into_branch, into_shortcut, None, None, dpost)
 
 
 def _times(t: Tensor | None, factor: float) -> Tensor | None:
     return t if t is None or factor == 1 else t * factor
-
-
-def norm_relu_backward(
-    spec: NormSpec,
-    dout: Tensor,
-    sign: Tensor | None,
-    total: Tensor,
-    result: NormResult,
-    post: Parameters,
-    need: tuple[bool, ...],
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Through a ReLU (given its ``sign``) and a norm to the tensor that it normalised; gradients as Parameters."""
-    grad = Gradient(dout) if sign is None else ops.bn_add_relu.gradient(dout, sign)
-    *_, need_gamma, need_beta, _, _ = need
-    dbeta = dgamma = None
-    if not spec.frozen or need_gamma or need_beta:
-        dbeta, dgamma, _ = ops.bn_add_relu.reduce(grad, total, result.norm)
-    a, b, c = coefficients(spec, post.norm.weight, result, dbeta, dgamma)
-    dtotal = ops.bn_add_relu.apply(Gradient(grad.dz, grad.sign, None if b is None else total, a, b, c), total)
-    gamma, beta = like(dgamma, post.norm.weight, need_gamma), like(dbeta, post.norm.bias, need_beta)
-    return dtotal, (None, None, gamma, beta, None, None)
-
-
-def composition(
-    spec: EndSpec,
-    branch: Tensor,
-    shortcut: Tensor | None,
-    gate: Tensor | None,
-    slope: Tensor | None,
-    post: Parameters | None,
-) -> Tensor:
-    """The unit's end as PyTorch's own operators, from the norms' outputs."""
-    mix, dtype = spec.mix, branch.dtype
-    branch = F.relu(branch) if spec.branch_relu else branch
-    factor = mix.branch if gate is None else mix.branch + mix.branch_gate * gate
-    total = branch * factor
-    if spec.shortcut and shortcut is not None:
-        total = total + shortcut * (mix.shortcut if gate is None else mix.shortcut + mix.shortcut_gate * gate)
-    total = total.to(dtype)
-    if post is not None:
-        total = norm_composition(spec.post, total, post)
-    if slope is not None:
-        return F.prelu(total, slope.to(dtype))
-    return F.relu(total) if spec.relu else total

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from resnet_fused import ops
 from resnet_fused.autograd import branch as branches
+from resnet_fused.autograd import composition as compositions
 from resnet_fused.autograd import end as ends
-from resnet_fused.autograd.branch import Branch, BranchSpec, Incoming, Wanted
+from resnet_fused.autograd.branch import INPUTS, Branch, BranchSpec, Incoming, Inputs, Wanted
 from resnet_fused.autograd.end import End, EndSpec
 from resnet_fused.autograd.layer import (
     TENSORS,
@@ -26,11 +27,9 @@ from resnet_fused.autograd.layer import (
     no_autocast,
     same_backend,
 )
-from resnet_fused.autograd.residual import INPUTS, Inputs, found_results, keep_parameters, keep_results, known
+from resnet_fused.autograd.saved import RESULT, found_results, keep_parameters, keep_results, known
 from resnet_fused.operands import Deferred, Gradient, Norm, TileStatistics
 from resnet_fused.reference import channels_last
-
-_NORM = 5
 
 
 class HalfSpec(NamedTuple):
@@ -38,6 +37,7 @@ class HalfSpec(NamedTuple):
 
     branch: BranchSpec
     relu: bool = False  # on the branch before the sum
+    differentiable: bool = True  # whether a backward may follow (grad mode at the call)
 
 
 class BranchFunction(torch.autograd.Function):
@@ -60,17 +60,18 @@ class BranchFunction(torch.autograd.Function):
         projected = spec.projection is not None
         side = branch.ys[spec.last + 1] if projected else inputs.x.view_as(inputs.x)
         norms = [branch.norm(spec.last), branch.norm(spec.last + 1) if projected else None]
+        needs_gradient = half.differentiable and any(ctx.needs_input_grad)
         sign = None
         if half.relu:
             norms[0] = None
-            last, sign, _ = ops.bn_add_relu.forward(last, None, sign=True)
+            last, sign, _ = ops.bn_add_relu.forward(last, None, sign=needs_gradient)
         none = inputs.x.new_empty((0,))
         vectors = [v for norm in norms for v in ((none, none.clone()) if norm is None else (norm.scale, norm.shift))]
         moments = branches.moments(branch.results, parameters)
         # Handed out and saved: an output that is also needed in backward has to be its own tensor under torch.compile.
         vectors = [v.clone() for v in vectors]
         ctx.mark_non_differentiable(*vectors, *moments)
-        if any(ctx.needs_input_grad):
+        if needs_gradient:
             ctx.spec, ctx.backend = half, forced_backend()
             ctx.set_materialize_grads(False)
             kept = keep_parameters(spec.norms, flat)
@@ -84,20 +85,20 @@ class BranchFunction(torch.autograd.Function):
         spec: BranchSpec = ctx.spec.branch
         layers, norms = len(spec.layers), len(spec.norms)
         x, shortcut, slope, sign, *rest = ctx.saved_tensors
-        flat = rest[layers + _NORM * norms :]
+        flat = rest[layers + RESULT * norms :]
         inputs = Inputs(x, shortcut, None, slope)
-        if df is None:
+        if df is None:  # EndFunction, the one reader of y, always has a gradient for it
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             synchronised = any(norm is not None and norm.group is not None for norm in spec.norms)
             return differentiable_backward(ctx, branch_composition, synchronised, [df, ds, dpool], (*inputs, *flat))
-        results = found_results(rest[layers : layers + _NORM * norms])
+        results = found_results(rest[layers : layers + RESULT * norms])
         with no_autocast(df), same_backend(ctx.backend):
             source = branches.read_source(spec, x, results[-1] if spec.pre is not None else None)
             branch = Branch(source, rest[:layers], results)
             needs = ctx.needs_input_grad[1:]
             each = [needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)]
-            wanted = Wanted(spec, needs[0], None if shortcut is None else needs[1], each)
+            wanted = Wanted(spec, needs[0], None if shortcut is None else needs[1], needs[3], each)
             dz = channels_last(df)
             if dpool is not None:
                 dz = ops.bn_add_relu.spread(dz, dpool)
@@ -112,7 +113,7 @@ class BranchFunction(torch.autograd.Function):
                     side = _incoming(side.grad, wanted, branch, spec.last + 1)
             keep = tuple(t for t in (df, ds) if t is not None)
             gradients = branches.backward(
-                spec, wanted, branch, x, shortcut, slope, Parameters.split(flat), needs[3], into, side, keep=keep
+                spec, wanted, branch, x, shortcut, slope, Parameters.split(flat), into, side, keep=keep
             )
         of_inputs = (gradients.x, gradients.shortcut, None, gradients.slope, None, None, None, None)
         return (None, *of_inputs, *(g for layer in gradients.parameters for g in layer))
@@ -129,7 +130,7 @@ def _incoming(grad: Gradient, wanted: Wanted, branch: Branch, i: int) -> Incomin
 def branch_composition(half: HalfSpec, *tensors: Any) -> tuple[Tensor, ...]:
     """The branch as PyTorch's own operators: (branch, shortcut, pooled)."""
     x, shortcut, _, slope, *_ = tensors[:INPUTS]
-    f, s = branches.composition(half.branch, x, shortcut, slope, Parameters.split(tensors[INPUTS:]))
+    f, s = compositions.branch(half.branch, x, shortcut, slope, Parameters.split(tensors[INPUTS:]))
     f = F.relu(f) if half.relu else f
     return f, s, f.mean((2, 3), keepdim=True)
 
@@ -200,4 +201,4 @@ def _stands_for(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def end_composition(spec: EndSpec, y, s, scale, shift, s_scale, s_shift, gate, slope) -> tuple[Tensor]:
     """The end as PyTorch's own operators."""
     shortcut = None if s is None else _stands_for(s, s_scale, s_shift)
-    return (ends.composition(spec, _stands_for(y, scale, shift), shortcut, gate, slope, None),)
+    return (compositions.end(spec, _stands_for(y, scale, shift), shortcut, gate, slope, None),)

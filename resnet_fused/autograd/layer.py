@@ -212,7 +212,7 @@ def differentiable_backward(
         views = [None if t is None else t.view_as(t) for t in inputs]
         outs = composition(ctx.spec, *views)
         wanted = [t for t, need in zip(views, needs, strict=True) if need and t is not None]
-        pairs = [(outs[i], dout.to(outs[i].dtype)) for i, dout in given]
+        pairs = [(outs[i], dout.to(outs[i].dtype)) for i, dout in given if outs[i].requires_grad]
         found = iter(
             torch.autograd.grad(
                 [o for o, _ in pairs], wanted, [d for _, d in pairs], create_graph=True, allow_unused=True

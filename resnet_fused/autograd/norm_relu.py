@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fused import ops
-from resnet_fused.autograd.branch import norm_composition
-from resnet_fused.autograd.end import norm_relu_backward
+from resnet_fused.autograd import composition as compositions
 from resnet_fused.autograd.layer import (
     NormParameters,
     NormResult,
     NormSpec,
     Parameters,
+    coefficients,
     differentiable_backward,
     forced_backend,
+    like,
     no_autocast,
     normalise,
     same_backend,
 )
-from resnet_fused.autograd.residual import known
-from resnet_fused.operands import Deferred, Norm
+from resnet_fused.autograd.saved import known
+from resnet_fused.operands import Deferred, Gradient, Norm
 from resnet_fused.reference import channels_last
+
+
+class NormReLUSpec(NamedTuple):
+    """What is fixed about a norm and its ReLU."""
+
+    norm: NormSpec
+    differentiable: bool = True  # whether a backward may follow (grad mode at the call)
 
 
 class NormReLUFunction(torch.autograd.Function):
     """``(out, mean, var)``; the moments are missing under frozen statistics.
 
     Args (of ``apply``):
-        spec: NormSpec.
+        spec: NormReLUSpec.
         x: (N, C, H, W) channels_last.
         counts, mean, m2: statistics of ``x`` where they are known, else None.
         parameters: weight, bias, running mean and variance of the norm.
@@ -39,13 +47,13 @@ class NormReLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, spec: NormSpec, x: Tensor, counts, mean, m2, *parameters: Tensor | None
+        ctx: Any, spec: NormReLUSpec, x: Tensor, counts, mean, m2, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         tiles = known(counts, mean, m2)
-        if tiles is None and not spec.frozen:
+        if tiles is None and not spec.norm.frozen:
             tiles = ops.batch_norm.statistics(x)
-        result = normalise(spec, NormParameters(*parameters), tiles, x.dtype)
-        needs_gradient = any(ctx.needs_input_grad)
+        result = normalise(spec.norm, NormParameters(*parameters), tiles, x.dtype)
+        needs_gradient = spec.differentiable and any(ctx.needs_input_grad)
         normed = Deferred(x, result.norm.scale, result.norm.shift)
         out, sign, _ = ops.bn_add_relu.forward(normed, None, sign=needs_gradient)
         moments: list[Any] = [] if result.counts is None else [result.norm.mean, result.var]
@@ -53,13 +61,13 @@ class NormReLUFunction(torch.autograd.Function):
         if needs_gradient:
             ctx.spec, ctx.backend = spec, forced_backend()
             ctx.set_materialize_grads(False)
-            kept = parameters if spec.frozen else (*parameters[:2], None, None)
+            kept = parameters if spec.norm.frozen else (*parameters[:2], None, None)
             ctx.save_for_backward(x, sign, *result.norm, result.counts, *kept)
         return (out, *moments)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        spec: NormSpec = ctx.spec
+        spec: NormSpec = ctx.spec.norm
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         x, sign, *norm, counts, weight, bias, mean, var = ctx.saved_tensors
@@ -76,6 +84,27 @@ class NormReLUFunction(torch.autograd.Function):
         return None, dx if needs[1] else None, None, None, None, *gradients[2:]
 
 
-def composition(spec: NormSpec, x: Tensor, counts, mean, m2, *parameters: Tensor | None) -> tuple[Tensor]:
+def norm_relu_backward(
+    spec: NormSpec,
+    dout: Tensor,
+    sign: Tensor | None,
+    total: Tensor,
+    result: NormResult,
+    parameters: Parameters,
+    need: tuple[bool, ...],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Through a ReLU (given its ``sign``) and a norm to the tensor that it normalised; gradients as Parameters."""
+    grad = Gradient(dout) if sign is None else ops.bn_add_relu.gradient(dout, sign)
+    *_, need_gamma, need_beta, _, _ = need
+    dbeta = dgamma = None
+    if not spec.frozen or need_gamma or need_beta:
+        dbeta, dgamma, _ = ops.bn_add_relu.reduce(grad, total, result.norm)
+    a, b, c = coefficients(spec, parameters.norm.weight, result, dbeta, dgamma)
+    dtotal = ops.bn_add_relu.apply(Gradient(grad.dz, grad.sign, None if b is None else total, a, b, c), total)
+    gamma, beta = like(dgamma, parameters.norm.weight, need_gamma), like(dbeta, parameters.norm.bias, need_beta)
+    return dtotal, (None, None, gamma, beta, None, None)
+
+
+def composition(spec: NormReLUSpec, x: Tensor, counts, mean, m2, *parameters: Tensor | None) -> tuple[Tensor]:
     """``relu(bn(x))`` as PyTorch's own operators."""
-    return (F.relu(norm_composition(spec, x, Parameters(None, None, NormParameters(*parameters)))),)
+    return (F.relu(compositions.norm(spec.norm, x, Parameters(None, None, NormParameters(*parameters)))),)

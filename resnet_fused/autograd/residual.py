@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from resnet_fused.autograd import branch as branches
+from resnet_fused.autograd import composition as compositions
 from resnet_fused.autograd import end as ends
-from resnet_fused.autograd.branch import Branch, BranchSpec, Wanted
+from resnet_fused.autograd.branch import INPUTS, Branch, BranchSpec, Inputs, Wanted
 from resnet_fused.autograd.end import End, EndSpec
 from resnet_fused.autograd.layer import (
     TENSORS,
-    NormResult,
     NormSpec,
     Parameters,
     differentiable_backward,
@@ -27,7 +27,8 @@ from resnet_fused.autograd.layer import (
     no_autocast,
     same_backend,
 )
-from resnet_fused.operands import Norm, TileStatistics
+from resnet_fused.autograd.saved import RESULT, found_results, keep_parameters, keep_results, known
+from resnet_fused.operands import TileStatistics
 from resnet_fused.reference import channels_last
 
 
@@ -51,23 +52,6 @@ class ResidualSpec(NamedTuple):
         """The branch's part of something that comes for each of ``norms``, and the sum's."""
         count = len(self.branch.norms)
         return list(flat[:count]), flat[count] if self.end.post is not None else None
-
-
-class Inputs(NamedTuple):
-    """The tensors in front of the parameters."""
-
-    x: Tensor  # (N, C, H, W) channels_last, dtype of the convolutions' operands
-    shortcut: Tensor | None = None  # see ResidualSpec
-    gate: Tensor | None = None  # broadcasts against the sum
-    slope: Tensor | None = None  # of the PReLU between convolutions, (1,) or (C,)
-    end_slope: Tensor | None = None  # of the PReLU at the end
-    counts: Tensor | None = None  # statistics of x where they are known: TileStatistics
-    mean: Tensor | None = None
-    m2: Tensor | None = None
-
-
-INPUTS = len(Inputs._fields)
-_NORM = 5  # tensors kept of a NormResult
 
 
 class ResidualFunction(torch.autograd.Function):
@@ -114,41 +98,17 @@ class ResidualFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         layers, norms = len(spec.branch.layers), len(spec.norms)
         x, shortcut, gate, slope, end_slope, sign, total, *rest = ctx.saved_tensors
-        flat = rest[layers + _NORM * norms :]
+        flat = rest[layers + RESULT * norms :]
         inputs = Inputs(x, shortcut, gate, slope, end_slope)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             synchronised = any(norm is not None and norm.group is not None for norm in spec.norms)
             return differentiable_backward(ctx, composition, synchronised, [dout], (*inputs, *flat))
-        results, post_result = spec.split(found_results(rest[layers : layers + _NORM * norms]))
+        results, post_result = spec.split(found_results(rest[layers : layers + RESULT * norms]))
         with no_autocast(dout), same_backend(ctx.backend):
             source = branches.read_source(spec.branch, x, results[-1] if spec.branch.pre is not None else None)
             branch = Branch(source, rest[:layers], results)
             end = End(dout, sign, total, post_result, TileStatistics(dout, dout, dout))
             return _backward(spec, ctx.needs_input_grad[1:], dout, inputs, branch, end, Parameters.split(flat))
-
-
-def known(counts: Tensor | None, mean: Tensor | None, m2: Tensor | None) -> TileStatistics | None:
-    """Statistics that came with the input, if they did."""
-    return None if counts is None or mean is None or m2 is None else TileStatistics(counts, mean, m2)
-
-
-def keep_parameters(norms: Sequence[NormSpec | None], flat: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Parameters for backward; running statistics that this batch is about to change play no part in it."""
-    frozen = [norm is not None and norm.frozen for norm in norms]
-    return [t if i % TENSORS < TENSORS - 2 or frozen[i // TENSORS] else None for i, t in enumerate(flat)]
-
-
-def keep_results(results: Sequence[NormResult | None]) -> list[Tensor | None]:
-    """Five tensors each: the norm and its counts."""
-    return [t for r in results for t in ((None,) * _NORM if r is None else (*r.norm, r.counts))]
-
-
-def found_results(flat: Sequence[Any]) -> list[NormResult | None]:
-    """The inverse of :func:`keep_results`, without the variance."""
-    return [
-        None if flat[i] is None else NormResult(Norm(*flat[i : i + 4]), flat[i + 4], None)
-        for i in range(0, len(flat), _NORM)
-    ]
 
 
 def _added(spec: ResidualSpec, branch: Branch, inputs: Inputs):
@@ -165,7 +125,8 @@ def _backward(
     each = [needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)]
     own_needs, post_needs = spec.split(each)
     own, post = spec.split(parameters)
-    wanted = Wanted(spec.branch, need["x"], None if inputs.shortcut is None else need["shortcut"], own_needs)
+    need_outside = None if inputs.shortcut is None else need["shortcut"]
+    wanted = Wanted(spec.branch, need["x"], need_outside, need["slope"], own_needs)
     last, projected = spec.branch.last, spec.branch.projection is not None
     added = branch.ys[last + 1] if projected else inputs.x if inputs.shortcut is None else inputs.shortcut
     if projected:
@@ -197,7 +158,6 @@ def _backward(
         inputs.shortcut,
         inputs.slope,
         own,
-        need["slope"],
         found.branch,
         found.shortcut,
         keep=(dout,),
@@ -214,5 +174,5 @@ def composition(spec: ResidualSpec, *tensors: Any) -> tuple[Tensor]:
     """The unit as PyTorch's own operators, differentiable any number of times."""
     x, shortcut, gate, slope, end_slope, *_ = tensors[:INPUTS]
     own, post = spec.split(Parameters.split(tensors[INPUTS:]))
-    f, s = branches.composition(spec.branch, x, shortcut, slope, own)
-    return (ends.composition(spec.end, f, s, gate, end_slope, post),)
+    f, s = compositions.branch(spec.branch, x, shortcut, slope, own)
+    return (compositions.end(spec.end, f, s, gate, end_slope, post),)

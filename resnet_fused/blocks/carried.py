@@ -2,7 +2,7 @@
 
 A pre-activated unit normalises its input, which is the sum that the unit before wrote; the pass that wrote it has taken
 its statistics already. They are kept beside the tensor, not on it: a tensor that is saved or copied knows nothing of
-them. A write in place makes them void; one through ``.data`` is not seen.
+them. A write in place makes them void; one that PyTorch does not count, through ``.data`` or numpy, is not seen.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from resnet_fused import backends, ops
 from resnet_fused.autograd.layer import no_autocast
 from resnet_fused.blocks import norms, paths
 from resnet_fused.blocks.layout import channels_last, eager_format, operand_dtype
-from resnet_fused.blocks.structure import Structure, chain_shape, geometry, sum_like
+from resnet_fused.blocks.structure import Structure, chain_shape, geometry, mixture, promoted
 from resnet_fused.operands import Deferred, Mix, Norm
 from resnet_fused.reference import compute_dtype
 
@@ -78,16 +78,13 @@ class Program:
 
     def _run(self, x: Tensor) -> Tensor:
         structure, unit = self._structure, self._structure.unit
-        mixing = unit.mixing
-        mix = Mix() if mixing is None else mixing.mix()
-        total = sum_like(structure, x, self._dtype) if mix.gated else None
-        gate = mixing.gate(x, total) if mix.gated and not mixing.reads_branch else None
         with no_autocast(x):
             source = self._source(x)
             read = source if structure.before is None else self._written(source)
-        residual = x if structure.before is None else structure.before(read)
+        outside = None if structure.before is None else structure.before(read)
+        mix, gate, total = mixture(structure, x, outside, self._dtype)
         with no_autocast(x):
-            residual, scratch = self._residual(x, read, residual)
+            residual, scratch = self._residual(x, read, outside)
             h: Tensor | Deferred = read
             for i, (conv, norm) in enumerate(structure.chain[:-1]):
                 h = self._conv(f"{i}", conv, norm, h, None, relu=unit.prelu is None, slope=unit.prelu)
@@ -99,8 +96,8 @@ class Program:
                 out = self._conv("end", conv, norm, h, residual, relu=relu, slope=slope, overwrite_residual=scratch)
             else:
                 out = self._conv("last", conv, norm, h, None, relu=unit.branch_relu)
-        if mix.gated and mixing.reads_branch:
-            gate = mixing.gate(ops.bn_add_relu.pool(out), total)
+        if total is not None and gate is None and unit.mixing is not None:
+            gate = unit.mixing.gate(ops.bn_add_relu.pool(out), total)
         with no_autocast(x):
             if mix != Mix() or unit.branch_relu:
                 slopes = _slopes(unit.end_prelu, out.shape[1], self._dtype)
@@ -111,6 +108,7 @@ class Program:
             if self._post is not None:
                 normed = Deferred(out, self._post.scale, self._post.shift)
                 out, *_ = ops.bn_add_relu.forward(normed, None, sign=False, relu=unit.relu)
+        out = promoted(structure, out, outside)
         return out.contiguous() if self._plain else out
 
     def _source(self, x: Tensor) -> Tensor | Deferred:
@@ -127,17 +125,17 @@ class Program:
         """What the chain reads, for modules of PyTorch's that read it too."""
         return source if isinstance(source, Tensor) else ops.bn_add_relu.forward(source, None, sign=False)[0]
 
-    def _residual(self, x: Tensor, read: Tensor | Deferred, shortcut: Tensor) -> tuple[Tensor | None, bool]:
+    def _residual(self, x: Tensor, read: Tensor | Deferred, outside: Tensor | None) -> tuple[Tensor | None, bool]:
         """What is added to the branch, and whether it may be written over."""
         structure = self._structure
         if not structure.unit.has_shortcut:
             return None, False
         if structure.projection is not None:
-            source = read if structure.before is None else self._operand(shortcut)
+            source = read if outside is None else self._operand(outside)
             return self._conv("projection", *structure.projection, source, None, relu=False), True
-        if structure.before is not None:  # a sum broadcasts
-            shortcut = shortcut.expand(chain_shape(structure, tuple(x.shape)))
-        return self._operand(shortcut), False
+        if outside is None:
+            return self._operand(x), False
+        return self._operand(outside.expand(chain_shape(structure, tuple(x.shape)))), False  # a sum broadcasts
 
     def _operand(self, t: Tensor) -> Tensor:
         return channels_last(t.to(self._dtype))

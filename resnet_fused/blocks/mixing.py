@@ -10,6 +10,8 @@ arXiv 1603.09382; squeeze-and-excitation arXiv 1709.01507.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,21 +31,34 @@ __all__ = [
 ]
 
 
+def _definer(cls: type, *names: str) -> type:
+    """The most derived class that defines one of ``names``."""
+    return next(each for each in cls.__mro__ if any(name in each.__dict__ for name in names))
+
+
 class Mixing(nn.Module):
-    """Base of the rules; one that a unit is not given is the plain sum ``F + S``."""
+    """Base of the rules; a unit that is given none is the plain sum ``F + S``.
+
+    A rule of one's own defines ``forward`` and, for the fused path, ``mix`` and ``gate`` as the same formula.
+    """
 
     has_shortcut = True  # whether the sum has a shortcut at all
     reads_branch = False  # whether the gate is computed from the branch
+    agrees = True  # whether the class that says what forward computes also says it as constants and gate
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.agrees = _definer(cls, "forward") is _definer(cls, "mix", "gate", "has_shortcut", "reads_branch")
 
     def mix(self) -> Mix:
         """The four constants."""
         return Mix()
 
     def gate(self, x: Tensor, total: Tensor) -> Tensor | None:
-        """The gate from the unit's input ``x``, for a sum of the shape, dtype, device and memory format of ``total``.
+        """The gate from the unit's input ``x``.
 
-        ``total`` is a tensor whose values do not matter. Rules with ``reads_branch`` get the branch's mean over its
-        pixels (N, C, 1, 1) as ``x``.
+        ``total`` is a tensor of the shortcut's (hence the sum's) shape, dtype, device and strides, whose values do not
+        matter. Rules with ``reads_branch`` get the branch's mean over its pixels (N, C, 1, 1) as ``x``.
         """
         return None
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from resnet_fused.blocks.mixing import Mixing
 from resnet_fused.blocks.paths import Reason
 from resnet_fused.blocks.residual import FusedResidual
 from resnet_fused.blocks.structure import Unit
@@ -68,7 +69,14 @@ class _FusedUnit(FusedResidual):
             bns = [*bns[:-1], None]
         return tuple(zip(convs, bns, strict=True))
 
+    def _options(self: Any):
+        return self.unit, self.preactivate
+
     def _declined(self: Any) -> Reason | None:
+        mixing = self.mixing
+        if mixing is not None and not (isinstance(mixing, Mixing) and mixing.agrees):
+            name = type(mixing).__name__
+            return Reason("mixing", f"what {name} adds is in its forward alone, not in mix and gate")
         return activation_reason(self.relu)
 
 
@@ -108,6 +116,9 @@ class FusedPReLU(FusedResidual):
     def _unit(self: Any) -> Unit:
         end = self.prelu if self.final_activation else None
         return Unit(prelu=self.prelu, relu=False, end_prelu=end, promotes=True)
+
+    def _options(self: Any):
+        return (self.final_activation,)
 
     def _declined(self: Any) -> Reason | None:
         if type(self.prelu) is not nn.PReLU:

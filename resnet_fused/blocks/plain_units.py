@@ -16,8 +16,8 @@ unit's input.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -40,8 +40,24 @@ class PlainUnit(nn.Module):
     """What :class:`PlainBasicUnit` and :class:`PlainBottleneckUnit` share."""
 
     expansion: ClassVar[int]
+    if TYPE_CHECKING:  # TorchScript cannot read annotations that are text
+        conv1: nn.Module
+        conv2: nn.Module
+        conv3: nn.Module
+        bn1: nn.Module
+        bn2: nn.Module
+        bn3: nn.Module
 
-    def __init__(self, unit: str, preactivate: bool, downsample: nn.Module | None, mixing: Mixing | None) -> None:
+    def __init__(
+        self,
+        unit: str,
+        preactivate: bool,
+        convs: Sequence[nn.Conv2d],
+        norm_layer: Callable[..., nn.Module] | None,
+        downsample: nn.Module | None,
+        mixing: Mixing | None,
+    ) -> None:
+        """Modules in the order of their calls: that of the parameters."""
         super().__init__()
         name = type(self).__name__
         self.unit = check_unit(name, unit)
@@ -50,22 +66,22 @@ class PlainUnit(nn.Module):
         if downsample is not None and mixing is not None and not mixing.has_shortcut:
             raise ValueError(f"{name}: expected downsample to be None without a shortcut, got {downsample}")
         self.preactivate = preactivate and unit in PREACTIVATED
+        before = unit in NORM_BEFORE_CONV
+        norm_layer = norm_layer or nn.BatchNorm2d
+        for i, conv in enumerate(convs, 1):
+            wanted = i > 1 or not before or self.preactivate
+            norm = norm_layer(conv.in_channels if before else conv.out_channels) if wanted else nn.Identity()
+            pair = (("bn", norm), ("conv", conv)) if before else (("conv", conv), ("bn", norm))
+            for kind, module in pair:
+                setattr(self, f"{kind}{i}", module)
         self.relu = nn.ReLU()
         self.downsample = downsample
         self.mixing = mixing
 
-    def _norms(self, norm_layer: Callable[..., nn.Module] | None, *widths: int) -> list[nn.Module]:
-        """``bn1``, ``bn2``, ...: behind each convolution, in (e) before each; ``widths`` start with the input's."""
-        norm_layer = norm_layer or nn.BatchNorm2d
-        if self.unit not in NORM_BEFORE_CONV:
-            return [norm_layer(width) for width in widths[1:]]
-        first = norm_layer(widths[0]) if self.preactivate else nn.Identity()
-        return [first, *(norm_layer(width) for width in widths[1:-1])]
-
     def _start(self, x: Tensor) -> Tensor:
         """What the first convolution reads."""
         if self.preactivate:
-            x = self.relu(self.bn1(x) if self.unit == "full_preact" else x)  # type: ignore[operator]  # of the subclass
+            x = self.relu(self.bn1(x) if self.unit == "full_preact" else x)
         return x
 
     def _sum(self, x: Tensor, h: Tensor, branch: Tensor) -> Tensor:
@@ -104,14 +120,12 @@ class PlainBasicUnit(PlainUnit):
         mixing: Mixing | None = None,
         preactivate: bool = True,
     ) -> None:
-        super().__init__(unit, preactivate, downsample, mixing)
         if groups != 1 or base_width != 64:
             raise ValueError(f"BasicUnit: expected groups 1 and base_width 64, got {groups} and {base_width}")
         if dilation > 1:
             raise NotImplementedError(f"BasicUnit: expected dilation 1, got {dilation}")
-        self.conv1 = conv3x3(inplanes, planes, stride)
-        self.conv2 = conv3x3(planes, planes)
-        self.bn1, self.bn2 = self._norms(norm_layer, inplanes, planes, planes)
+        convs = [conv3x3(inplanes, planes, stride), conv3x3(planes, planes)]
+        super().__init__(unit, preactivate, convs, norm_layer, downsample, mixing)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,13 +165,13 @@ class PlainBottleneckUnit(PlainUnit):
         mixing: Mixing | None = None,
         preactivate: bool = True,
     ) -> None:
-        super().__init__(unit, preactivate, downsample, mixing)
         width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = conv1x1(inplanes, width)
-        self.conv2 = conv3x3(width, width, stride, groups, dilation)
-        self.conv3 = conv1x1(width, planes * self.expansion)
-        widths = (inplanes, width, width, planes * self.expansion)
-        self.bn1, self.bn2, self.bn3 = self._norms(norm_layer, *widths)
+        convs = [
+            conv1x1(inplanes, width),
+            conv3x3(width, width, stride, groups, dilation),
+            conv1x1(width, planes * self.expansion),
+        ]
+        super().__init__(unit, preactivate, convs, norm_layer, downsample, mixing)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,7 +220,7 @@ class PlainPReLUBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.bn2(self.conv2(self.prelu(self.bn1(self.conv1(x)))))
-        total = x + residual
+        total = residual + x
         return self.prelu(total) if self.final_activation else total
 
 

@@ -13,7 +13,7 @@ from resnet_fused.backends import use_backend
 from resnet_fused.blocks import inference, norms, paths
 from resnet_fused.blocks.layout import operand_dtype
 from resnet_fused.blocks.paths import Reason
-from resnet_fused.blocks.structure import ConvNorm, Structure, Unit, chain_shape, output_shape, read, reread, sources
+from resnet_fused.blocks.structure import ConvNorm, Structure, Unit, chain_shape, output_shape, read, reread, tensors
 from resnet_fused.blocks.training import train
 
 if TYPE_CHECKING:  # the mixins stand in front of an nn.Module and rely on it
@@ -64,6 +64,10 @@ class FusedResidual(_Module):
     def _norm_reason(self, norm: Any) -> Reason | None:
         """Why ``norm`` is no batch norm that the fused path knows."""
         return norms.unsupported(norm)
+
+    def _options(self) -> tuple[Hashable, ...]:
+        """Attributes of the block itself, besides its modules, that the methods above read."""
+        return ()
 
     def _declined(self) -> Reason | None:
         """Why a part of this block that the methods above do not show cannot be fused."""
@@ -149,8 +153,8 @@ def _frozen_without_gradient(block: Any, structure: Structure, x: Tensor) -> boo
         return False
     if not torch.is_grad_enabled():
         return True
-    tensors = (x, *block.parameters(), *sources(structure))  # a weight may be a plain tensor that requires grad
-    return not any(t is not None and t.requires_grad for t in tensors)
+    read_too = (x, *block.parameters(), *tensors(structure))  # a weight may be a plain tensor that requires grad
+    return not any(t is not None and t.requires_grad for t in read_too)
 
 
 def _infer(block: Any, structure: Structure, x: Tensor) -> Tensor:
@@ -158,9 +162,12 @@ def _infer(block: Any, structure: Structure, x: Tensor) -> Tensor:
     modules, kind = paths.descendants(block), _kind(block, x)
     program = inference.Program(structure, x, block._resnet_fused_backend)
     out = program(x)
-    inference.keep(block, modules, sources(structure), kind, program)
+    inference.keep(block, modules, tensors(structure), kind, program)
     return out
 
 
 def _kind(block: Any, x: Tensor) -> Hashable:
-    return None if torch.compiler.is_compiling() else inference.kind_of(block, x, operand_dtype(x))
+    if torch.compiler.is_compiling():
+        return None
+    kind = inference.kind_of(block, x, operand_dtype(x))
+    return None if kind is None else (kind, block._options())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,22 @@ from torch import Tensor, nn
 from resnet_fused.blocks import norms, paths
 from resnet_fused.blocks.layout import eager_format
 from resnet_fused.blocks.paths import Reason
-from resnet_fused.operands import Conv
+from resnet_fused.operands import Conv, Mix
 from resnet_fused.ops._conv import output_size
 
 ConvNorm = tuple[nn.Conv2d, Any]
 """A convolution and the batch norm that follows it, or None."""
+
+
+class Mixer(Protocol):
+    """How branch and shortcut are added, as :class:`resnet_fused.blocks.mixing.Mixing` describes it."""
+
+    has_shortcut: bool
+    reads_branch: bool
+
+    def mix(self) -> Mix: ...
+
+    def gate(self, x: Tensor, total: Tensor) -> Tensor | None: ...
 
 
 class Unit(NamedTuple):
@@ -25,7 +36,7 @@ class Unit(NamedTuple):
     pre_relu: bool = False  # ... or relu(x)
     prelu: nn.PReLU | None = None  # between the convolutions, in the ReLU's place
     branch_relu: bool = False  # a ReLU on the branch before the sum
-    mixing: Any = None  # a Mixing, or what has its attributes; None is the plain sum
+    mixing: Mixer | None = None  # None is the plain sum
     post: Any = None  # a norm of the sum
     relu: bool = True  # after the sum
     end_prelu: nn.PReLU | None = None  # ... or a PReLU
@@ -87,7 +98,7 @@ _read: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Structure | Reason]
 
 def reread(block: Any) -> Structure | Reason:
     """:func:`read`, done again only when something that it looks at has changed."""
-    signature = paths.signature(paths.descendants(block))
+    signature = [*paths.signature(paths.descendants(block)), *block._options()]
     kept = _read.get(block)
     if kept is None or kept[0] != signature:
         kept = _read[block] = (signature, read(block))
@@ -142,6 +153,12 @@ def sources(structure: Structure) -> list[Tensor | None]:
     return found
 
 
+def tensors(structure: Structure) -> list[Tensor | None]:
+    """All that the fused path reads: the sources and the PReLUs' slopes."""
+    prelus = (structure.unit.prelu, structure.unit.end_prelu)
+    return [*sources(structure), *(prelu.weight for prelu in prelus if prelu is not None)]
+
+
 def geometry(conv: nn.Conv2d) -> Conv:
     """A module's convolution as the ops know it."""
     return Conv(conv.stride[0], conv.dilation[0], conv.groups)
@@ -158,12 +175,6 @@ def output_shape(conv: nn.Conv2d, shape: tuple) -> tuple:
     """Shape of ``conv``'s output for an input of ``shape``."""
     size = (output_size(s, conv.kernel_size[0], conv.stride[0], conv.dilation[0]) for s in shape[2:])
     return (shape[0], conv.out_channels, *size)
-
-
-def sum_like(structure: Structure, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as the sum will be in PyTorch; its values do not matter."""
-    shape = chain_shape(structure, tuple(x.shape))
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=eager_format(x, structure.chain))
 
 
 def check_batches(structure: Structure, shape: tuple) -> None:
@@ -183,3 +194,41 @@ def check_projection(structure: Structure, shape: tuple) -> None:
     """The same for the projection, which reads a tensor of ``shape``."""
     if structure.projection is not None and structure.projection[1] is not None:
         norms.check_batch(structure.projection[1], output_shape(structure.projection[0], shape))
+
+
+# --- branch and shortcut together -------------------------------------------------------------------------------------
+
+
+class Mixture(NamedTuple):
+    """A unit's rule for one call."""
+
+    mix: Mix
+    gate: Tensor | None  # None: the rule has none, or computes it from the branch
+    total: Tensor | None  # what ``Mixer.gate`` takes besides
+
+
+def mixture(structure: Structure, x: Tensor, outside: Tensor | None, dtype: torch.dtype) -> Mixture:
+    """The constants and the gate for the input ``x``; ``outside`` is the output of ``structure.before``."""
+    mixing = structure.unit.mixing
+    mix = Mix() if mixing is None else mixing.mix()
+    if mixing is None or not mix.gated:
+        return Mixture(mix, None, None)
+    total = _shortcut_like(structure, x, outside, dtype)
+    return Mixture(mix, None if mixing.reads_branch else mixing.gate(x, total), total)
+
+
+def _shortcut_like(structure: Structure, x: Tensor, outside: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A tensor as PyTorch's shortcut would be, strides included (random numbers are drawn in their order)."""
+    source = x if outside is None else outside
+    if structure.projection is None:
+        return source if source.dtype == dtype else torch.empty_like(source, dtype=dtype)
+    shape = output_shape(structure.projection[0], tuple(source.shape))
+    layout = eager_format(source, [structure.projection])
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+
+
+def promoted(structure: Structure, out: Tensor, outside: Tensor | None) -> Tensor:
+    """``out`` in the dtype of PyTorch's sum, where a module gave a shortcut of another one."""
+    if outside is None or structure.projection is not None or not structure.unit.promotes:
+        return out
+    return out.to(torch.promote_types(out.dtype, outside.dtype))

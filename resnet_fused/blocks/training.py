@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_fused.autograd.branch import BranchSpec
+from resnet_fused.autograd.branch import BranchSpec, Inputs
 from resnet_fused.autograd.end import EndSpec
 from resnet_fused.autograd.gated import BranchFunction, EndFunction, HalfSpec
 from resnet_fused.autograd.layer import Layer, no_autocast
-from resnet_fused.autograd.norm_relu import NormReLUFunction
-from resnet_fused.autograd.residual import Inputs, ResidualFunction, ResidualSpec
+from resnet_fused.autograd.norm_relu import NormReLUFunction, NormReLUSpec
+from resnet_fused.autograd.residual import ResidualFunction, ResidualSpec
 from resnet_fused.blocks import carried, norms
 from resnet_fused.blocks.layout import channels_last, like_eager, operand_dtype
 from resnet_fused.blocks.structure import (
@@ -23,10 +23,11 @@ from resnet_fused.blocks.structure import (
     check_batches,
     check_projection,
     geometry,
+    mixture,
+    promoted,
     sources,
-    sum_like,
 )
-from resnet_fused.operands import Mix, TileStatistics
+from resnet_fused.operands import TileStatistics
 
 
 def train(block: Any, structure: Structure, x: Tensor) -> Tensor:
@@ -37,18 +38,14 @@ def train(block: Any, structure: Structure, x: Tensor) -> Tensor:
         # Modules of PyTorch's read the pre-activated tensor too, so it has to be written.
         read = F.relu(x) if unit.pre is None else norm_relu(unit.pre, x)
         structure = structure._replace(unit=unit._replace(pre=None, pre_relu=False))
-    shortcut = _outside(structure, x, read, dtype)
+    outside = _outside(structure, x, read)
+    mixed = mixture(structure, x, outside, dtype)
     tiles = carried.received(x) if structure.unit.pre is not None and x.dtype == dtype else None
-    mixing, total = unit.mixing, None
-    mix = Mix() if mixing is None else mixing.mix()
-    if mix.gated:
-        total = sum_like(structure, x, dtype)
-    gate = mixing.gate(x, total) if mix.gated and not mixing.reads_branch else None
     with no_autocast(x):
         inputs = Inputs(
             channels_last(read.to(dtype)),
-            shortcut,
-            gate,
+            _shortcut(structure, x, outside, dtype),
+            mixed.gate,
             None if unit.prelu is None else unit.prelu.weight,
             None if unit.end_prelu is None else unit.end_prelu.weight,
             *(tiles or ()),
@@ -56,34 +53,47 @@ def train(block: Any, structure: Structure, x: Tensor) -> Tensor:
     emits = getattr(block, "emit_statistics", False) and block.training and not torch.compiler.is_compiling()
     branch = _branch_spec(structure, dtype)
     end = EndSpec(
-        mix,
+        mixed.mix,
         unit.has_shortcut,
         unit.branch_relu,
         None if unit.post is None else norms.spec(unit.post),
         unit.relu,
         bool(emits),
     )
-    if mix.gated and mixing.reads_branch:
-        out, statistics, moments = _gated(structure, mixing, total, branch, end, inputs)
+    if mixed.total is not None and mixed.gate is None:
+        out, statistics, moments = _gated(structure, mixed.total, branch, end, inputs)
     else:
         spec = ResidualSpec(branch, end, torch.is_grad_enabled())
         with no_autocast(x):
-            out, *moments = ResidualFunction.apply(spec, *inputs, *sources(structure))
+            out, *moments = ResidualFunction.apply(spec, *_distinct([*inputs, *sources(structure)]))
         statistics, moments = (moments[:3], moments[3:]) if emits else (None, moments)
     _update(structure.norms, moments)
-    out = like_eager(out, x, structure.chain)
+    out = like_eager(promoted(structure, out, outside), x, structure.chain)
     if statistics is not None:
         carried.hand_on(out, TileStatistics(*statistics))
     return out
 
 
-def _gated(structure: Structure, mixing: Any, total: Any, branch: BranchSpec, end: EndSpec, inputs: Inputs):
+def _distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """``tensors``; while compiling, one that comes twice (tied parameters) comes as a view the second time."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for t in tensors:
+        found.append(t.view_as(t) if t is not None and any(t is other for other in found) else t)
+    return found
+
+
+def _gated(structure: Structure, total: Tensor, branch: BranchSpec, end: EndSpec, inputs: Inputs):
     """Branch, gate, end; a norm of the sum comes after."""
     x, post = inputs.x, structure.unit.post
     flat = sources(structure if post is None else structure._replace(unit=structure.unit._replace(post=None)))
     with no_autocast(x):
-        y, side, pooled, *vectors = BranchFunction.apply(HalfSpec(branch, end.branch_relu), *inputs, *flat)
+        half = HalfSpec(branch, end.branch_relu, torch.is_grad_enabled())
+        y, side, pooled, *vectors = BranchFunction.apply(half, *_distinct([*inputs, *flat]))
     vectors, moments = vectors[:4], vectors[4:]
+    mixing = structure.unit.mixing
+    assert mixing is not None
     gate = mixing.gate(pooled, total)
     if inputs.shortcut is not None and structure.projection is None:
         side = inputs.shortcut
@@ -101,20 +111,24 @@ def _gated(structure: Structure, mixing: Any, total: Any, branch: BranchSpec, en
     return out, statistics or None, moments
 
 
-def _outside(structure: Structure, x: Tensor, read: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What the projection reads or the sum adds, where that is not the tensor that the branch has anyway."""
-    if not structure.unit.has_shortcut:
-        return None
-    projected = structure.projection is not None
-    shortcut = x
+def _outside(structure: Structure, x: Tensor, read: Tensor) -> Tensor | None:
+    """What PyTorch's modules make of the shortcut, if there are any."""
+    outside = None
     if structure.before is not None:
-        shortcut = structure.before(read)
-        if not projected:
-            shortcut = shortcut.expand(chain_shape(structure, tuple(x.shape)))  # a sum broadcasts
-    check_projection(structure, tuple(shortcut.shape))
-    if structure.before is None and (projected or x.dtype == dtype):
+        outside = structure.before(read)
+    check_projection(structure, tuple((x if outside is None else outside).shape))
+    return outside
+
+
+def _shortcut(structure: Structure, x: Tensor, outside: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What the projection reads or the sum adds, where that is not the tensor that the branch has anyway."""
+    projected = structure.projection is not None
+    if outside is None and (projected or x.dtype == dtype or not structure.unit.has_shortcut):
         return None
-    return channels_last(shortcut.to(dtype) if projected else shortcut)
+    shortcut = x if outside is None else outside
+    if projected:
+        return channels_last(shortcut.to(dtype))
+    return channels_last(shortcut.expand(chain_shape(structure, tuple(x.shape))))  # a sum broadcasts
 
 
 def _branch_spec(structure: Structure, dtype: torch.dtype) -> BranchSpec:
@@ -153,4 +167,5 @@ def norm_relu(norm: Any, x: Tensor) -> Tensor:
 
 
 def _norm_relu(norm: nn.Module, x: Tensor, tiles: TileStatistics | None) -> tuple[Tensor, ...]:
-    return NormReLUFunction.apply(norms.spec(norm), x, *(tiles or (None, None, None)), *norms.parameters(norm))
+    spec = NormReLUSpec(norms.spec(norm), torch.is_grad_enabled())
+    return NormReLUFunction.apply(spec, x, *(tiles or (None, None, None)), *norms.parameters(norm))
