@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu bench sanitize lint format clean
+.PHONY: help install demo examples test test-gpu bench sanitize lint format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ install: $(INSTALLED) ## Make .venv with the pinned versions, and build the exte
 
 demo: $(INSTALLED) ## Show the fused blocks at work
 	$(PY) -m resnet_fused demo $(ARGS)
+
+examples: $(INSTALLED) ## Run the scripts of examples/, one or two minutes each; tables, and figures in examples/out
+	for name in train_cifar degradation variants signal_propagation; do $(PY) examples/$$name.py $(ARGS) || exit 1; done
 
 test: $(INSTALLED) ## All tests; those that need a GPU skip themselves where there is none
 	$(PY) -m pytest $(ARGS)
@@ -64,7 +67,7 @@ format: $(INSTALLED) ## Bring every file into the style that lint checks
 	$(BIN)clang-format -i $(CXX_SOURCES)
 
 clean: ## Remove what builds and tests leave behind, but not .venv
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf examples/out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 NEEDS_GPU = $(PY) -c 'import torch; torch.cuda.is_available() or exit("$@: needs a CUDA GPU, and torch finds none")'
