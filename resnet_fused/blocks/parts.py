@@ -53,7 +53,7 @@ class _FusedUnit(FusedResidual):
         end = self._last_norm()
         return Unit(
             pre=self.bn1 if self.preactivate and self.unit == "full_preact" else None,
-            pre_relu=self.preactivate and self.unit == "relu_preact",
+            pre_relu=self.preactivate and self.unit != "full_preact",
             branch_relu=self.unit == "relu_before_add",
             mixing=self.mixing,
             post=end if self.unit == "bn_after_add" else None,
