@@ -165,20 +165,24 @@ def test_rules_of_ones_own(rule, reason, x):
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced", "transposed"])
 @pytest.mark.parametrize("shortcut", ["identity", "padded", "projected"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
-def test_dropout_draws_in_the_order_of_the_shortcuts_memory(layout, shortcut, training, x):
+@pytest.mark.parametrize("path", ["train", "frozen", "infer"])
+@pytest.mark.parametrize("unit", ["original", "full_preact"])
+def test_dropout_draws_in_the_order_of_the_shortcuts_memory(layout, shortcut, path, unit, x):
     """With channels_last weights, as swapped models have them, the sum has another order than its shortcut."""
     down = {"identity": None, "padded": PadShortcut(4, 8, 2), "projected": projection(2)}[shortcut]
-    block = BasicUnit(4, 8 if down else 4, 2 if down else 1, down, mixing=mixing.DropoutShortcut(0.5))
+    block = BasicUnit(4, 8 if down else 4, 2 if down else 1, down, unit=unit, mixing=mixing.DropoutShortcut(0.5))
     block = block.double().to(memory_format=torch.channels_last)
-    if not training:
-        for norm in (block.bn1, block.bn2, *([down[1]] if shortcut == "projected" else [])):
-            norm.eval()
+    if path != "train":
+        for norm in block.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eval()
     x = LAYOUTS[layout](x)
-    torch.manual_seed(1)
-    ours = block(x)
-    torch.manual_seed(1)
-    assert_close(ours, by_modules(block, x), EXACT)
+    with torch.set_grad_enabled(path != "infer"):
+        torch.manual_seed(1)
+        ours = block(x)
+        torch.manual_seed(1)
+        assert_close(ours, by_modules(block, x), EXACT)
+        assert explain(block, x).steps[0].path == ("infer" if path == "infer" else "train")
 
 
 class ToFloat(nn.Module):

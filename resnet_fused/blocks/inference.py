@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from resnet_fused import backends, ops
 from resnet_fused.autograd.layer import no_autocast
 from resnet_fused.blocks import norms, paths
-from resnet_fused.blocks.layout import channels_last, eager_format, operand_dtype
+from resnet_fused.blocks.layout import channels_last, eager_format, like_eager, operand_dtype
 from resnet_fused.blocks.structure import Structure, chain_shape, geometry, mixture, promoted
 from resnet_fused.operands import Deferred, Mix, Norm
 from resnet_fused.reference import compute_dtype
@@ -80,8 +80,12 @@ class Program:
         structure, unit = self._structure, self._structure.unit
         with no_autocast(x):
             source = self._source(x)
-            read = source if structure.before is None else self._written(source)
-        outside = None if structure.before is None else structure.before(read)
+            read, shown = source, x
+            if structure.before is not None and isinstance(source, Deferred):
+                # Modules of PyTorch's read the pre-activated tensor too, so it is written.
+                read, *_ = ops.bn_add_relu.forward(source, None, sign=False)
+                shown = like_eager(read, x, ())
+        outside = None if structure.before is None else structure.before(shown)
         mix, gate, total = mixture(structure, x, outside, self._dtype)
         with no_autocast(x):
             residual, scratch = self._residual(x, read, outside)
@@ -120,10 +124,6 @@ class Program:
             one = h.new_ones(h.shape[1], dtype=compute_dtype(h.dtype))
             return Deferred(h, one, torch.zeros_like(one))
         return h
-
-    def _written(self, source: Tensor | Deferred) -> Tensor:
-        """What the chain reads, for modules of PyTorch's that read it too."""
-        return source if isinstance(source, Tensor) else ops.bn_add_relu.forward(source, None, sign=False)[0]
 
     def _residual(self, x: Tensor, read: Tensor | Deferred, outside: Tensor | None) -> tuple[Tensor | None, bool]:
         """What is added to the branch, and whether it may be written over."""
