@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -83,6 +84,10 @@ def conv_bias(x, weight, bias, residual, stride, padding: int, dilation, groups,
     return channels_last(y.relu_() if relu else y)
 
 
+def _output_pixels(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def bind_bias(
     x, weight, bias, residual, stride, padding: int, dilation, groups, relu, *, overwrite_residual: bool = False
 ) -> Callable[..., Tensor] | None:
@@ -91,6 +96,10 @@ def bind_bias(
     The weight is laid out for that shape: a layout made without it was measured three times slower.
     """
     if not onednn(x, weight, bias, residual):
+        return None
+    # One channel or one pixel has both memory formats at once: oneDNN of torch 2.11 refuses some of these.
+    sizes = (_output_pixels(size, weight.shape[-1], stride, padding, dilation) for size in x.shape[2:])
+    if 1 in (x.shape[1], weight.shape[0], x.shape[2] * x.shape[3], math.prod(sizes)):
         return None
     geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)
     args = (_onednn._reorder_convolution_weight(weight.detach(), *geometry, list(x.shape)), bias, *geometry)

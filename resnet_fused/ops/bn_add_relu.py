@@ -249,10 +249,11 @@ def backward(
     )
     summed, shortcut_summed = sums and norm is not None, sums and shortcut_norm is not None
     asked = (need_shortcut, summed, summed, shortcut_summed, shortcut_summed, need_gate, slope is not None)
-    dz, *rest = found
+    dz, dshortcut, *rest = found
     if passed_on:
-        rest[0] = reference.channels_last(dout)
-    return EndGradients(dz, *(t if given else None for t, given in zip(rest, asked, strict=True)))
+        dshortcut = reference.channels_last(dout)
+    rest = [t if given else None for t, given in zip((dshortcut, *rest), asked, strict=True)]
+    return EndGradients(dz, *rest)
 
 
 def _affine(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
