@@ -170,6 +170,11 @@ def bn_sums(dz: Tensor, y: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, 
 # --- convolutions ---------------------------------------------------------------------------------------------------
 
 
+def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> Any:
+    """Height or width of a convolution's output."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def _conv(x: Tensor, weight: Tensor, stride: int, dilation: int, groups: int) -> Tensor:
     padding = dilation * (weight.shape[-1] - 1) // 2
     return F.conv2d(up(x), up(weight), None, stride, padding, dilation, groups)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from resnet_fused import backends
 from resnet_fused.aten.batch_norm import statistics as tile_statistics
 from resnet_fused.aten.pointwise import activation, factored, masked, output_gradient, prelu, prelu_backward, sums
-from resnet_fused.reference import channels_last, compute_dtype, no_statistics, weight_format
+from resnet_fused.reference import channels_last, compute_dtype, no_statistics, output_size, weight_format
 
 
 def _padding(weight: Tensor, dilation: int) -> list[int]:
@@ -84,10 +84,6 @@ def conv_bias(x, weight, bias, residual, stride, padding: int, dilation, groups,
     return channels_last(y.relu_() if relu else y)
 
 
-def _output_pixels(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def bind_bias(
     x, weight, bias, residual, stride, padding: int, dilation, groups, relu, *, overwrite_residual: bool = False
 ) -> Callable[..., Tensor] | None:
@@ -98,7 +94,7 @@ def bind_bias(
     if not onednn(x, weight, bias, residual):
         return None
     # One channel or one pixel has both memory formats at once: oneDNN of torch 2.11 refuses some of these.
-    sizes = (_output_pixels(size, weight.shape[-1], stride, padding, dilation) for size in x.shape[2:])
+    sizes = (output_size(size, weight.shape[-1], stride, padding, dilation) for size in x.shape[2:])
     if 1 in (x.shape[1], weight.shape[0], x.shape[2] * x.shape[3], math.prod(sizes)):
         return None
     geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)

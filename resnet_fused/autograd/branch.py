@@ -19,7 +19,6 @@ from resnet_fused.autograd.layer import (
     NormResult,
     NormSpec,
     Parameters,
-    coefficients,
     conv_backward,
     like,
     normalise,
@@ -339,9 +338,8 @@ def _output_gradient(layer: Layer, gamma: Tensor | None, result: NormResult | No
 
 def _input_gradient(spec, wanted, branch, x, parameters, into: Incoming, identity: Incoming | None, gradients):
     """Of a pre-activated unit's input: through the norm in front, plus the identity shortcut's."""
-    if spec.pre is None:
-        coefficients_of_x: tuple[Tensor | None, ...] = (None, None, None)
-    else:
+    grad = into.grad
+    if spec.pre is not None:
         i = len(spec.layers)
         result, norm = branch.results[i], parameters[i].norm
         *_, need_gamma, need_beta, _, _ = wanted.parameters[i]
@@ -349,10 +347,9 @@ def _input_gradient(spec, wanted, branch, x, parameters, into: Incoming, identit
         gradients[i] = (None, None, gamma, beta, None, None)
         if not wanted.x:
             return None
-        coefficients_of_x = coefficients(spec.pre, norm.weight, result, into.dbeta, into.dgamma)
-    if spec.pre is None and identity is None:
-        return into.grad.dz
-    grad = Gradient(into.grad.dz, None, x if coefficients_of_x[1] is not None else None, *coefficients_of_x)
+        grad = output_gradient(spec.pre, norm.weight, result, x, grad, into.dbeta, into.dgamma)
+    elif identity is None:
+        return grad.dz
     if identity is None:
         return ops.bn_add_relu.apply(grad, x)
     return ops.bn_add_relu.apply(grad, x, skip=identity.grad, skip_scale=identity.factor)

@@ -24,13 +24,19 @@ class EndSpec(NamedTuple):
     statistics: bool = False  # of the output, for the unit that reads it
 
 
+class Kept(NamedTuple):
+    """What forward keeps for backward."""
+
+    sign: Tensor | None
+    total: Tensor | None = None  # the sum, where a norm follows
+    post: NormResult | None = None
+
+
 class End(NamedTuple):
-    """What forward made; all but ``out`` is for backward or the next unit."""
+    """What forward made."""
 
     out: Tensor
-    sign: Tensor | None
-    total: Tensor | None  # the sum, where a norm follows
-    post: NormResult | None
+    kept: Kept
     tiles: TileStatistics
 
 
@@ -58,7 +64,7 @@ def forward(
             statistics=spec.statistics,
             **mixed,
         )
-        return End(out, bits, None, None, tiles)
+        return End(out, Kept(bits), tiles)
     batch = not spec.post.frozen
     total, _, tiles = ops.bn_add_relu.forward(branch, added, sign=False, relu=False, statistics=batch, **mixed)
     result = normalise(spec.post, post.norm, tiles, total.dtype)
@@ -66,7 +72,7 @@ def forward(
     out, bits, tiles = ops.bn_add_relu.forward(
         normed, None, sign=sign and spec.relu, relu=spec.relu, statistics=spec.statistics
     )
-    return End(out, bits, total, result, tiles)
+    return End(out, Kept(bits, total, result), tiles)
 
 
 class EndGradients(NamedTuple):
@@ -82,7 +88,7 @@ class EndGradients(NamedTuple):
 def backward(
     spec: EndSpec,
     dout: Tensor,
-    end: End,
+    kept: Kept,
     branch: tuple[Tensor, Norm | None],
     shortcut: tuple[Tensor, Norm | None] | None,
     gate: Tensor | None,
@@ -100,15 +106,15 @@ def backward(
 
     Args:
         dout: channels_last.
-        end: forward's; ``out`` and ``tiles`` are not read.
+        kept: forward's.
         branch, shortcut: the tensors that were added, with their norms.
         sums, shortcut_sums: whether the sums of these norms' backward are wanted.
     """
-    sign = end.sign
+    sign = kept.sign
     dpost: tuple[Tensor | None, ...] = (None,) * TENSORS
-    if end.post is not None and spec.post is not None and post is not None:
-        assert end.total is not None
-        dout, dpost = norm_relu_backward(spec.post, dout, sign, end.total, end.post, post, need_post)
+    if kept.post is not None and spec.post is not None and post is not None:
+        assert kept.total is not None
+        dout, dpost = norm_relu_backward(spec.post, dout, sign, kept.total, kept.post, post, need_post)
         sign = None
     y, norm = branch
     added, added_norm = shortcut if shortcut is not None and spec.shortcut else (None, None)

@@ -18,7 +18,7 @@ from resnet_fused.autograd import branch as branches
 from resnet_fused.autograd import composition as compositions
 from resnet_fused.autograd import end as ends
 from resnet_fused.autograd.branch import INPUTS, Branch, BranchSpec, Incoming, Inputs, Wanted
-from resnet_fused.autograd.end import End, EndSpec
+from resnet_fused.autograd.end import EndSpec, Kept
 from resnet_fused.autograd.layer import (
     TENSORS,
     Parameters,
@@ -28,7 +28,7 @@ from resnet_fused.autograd.layer import (
     same_backend,
 )
 from resnet_fused.autograd.saved import RESULT, found_results, keep_parameters, keep_results, known
-from resnet_fused.operands import Deferred, Gradient, Norm, TileStatistics
+from resnet_fused.operands import Deferred, Gradient, Norm
 from resnet_fused.reference import channels_last
 
 
@@ -66,10 +66,10 @@ class BranchFunction(torch.autograd.Function):
             norms[0] = None
             last, sign, _ = ops.bn_add_relu.forward(last, None, sign=needs_gradient)
         none = inputs.x.new_empty((0,))
-        vectors = [v for norm in norms for v in ((none, none.clone()) if norm is None else (norm.scale, norm.shift))]
-        moments = branches.moments(branch.results, parameters)
+        pairs = [(none, none) if norm is None else (norm.scale, norm.shift) for norm in norms]
         # Handed out and saved: an output that is also needed in backward has to be its own tensor under torch.compile.
-        vectors = [v.clone() for v in vectors]
+        vectors = [v.clone() for pair in pairs for v in pair]
+        moments = branches.moments(branch.results, parameters)
         ctx.mark_non_differentiable(*vectors, *moments)
         if needs_gradient:
             ctx.spec, ctx.backend = half, forced_backend()
@@ -155,7 +155,7 @@ class EndFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*statistics)
         if needs_gradient:
             ctx.spec, ctx.backend = spec, forced_backend()
-            ctx.save_for_backward(y, s, scale, shift, s_scale, s_shift, gate, slope, end.sign)
+            ctx.save_for_backward(y, s, scale, shift, s_scale, s_shift, gate, slope, end.kept.sign)
         return (end.out, *statistics)
 
     @staticmethod
@@ -173,7 +173,7 @@ class EndFunction(torch.autograd.Function):
             found = ends.backward(
                 spec,
                 channels_last(dout),
-                End(dout, sign, None, None, TileStatistics(dout, dout, dout)),
+                Kept(sign),
                 (y, norm),
                 None if s is None else (s, side),
                 gate,

@@ -17,7 +17,7 @@ from resnet_fused.autograd import branch as branches
 from resnet_fused.autograd import composition as compositions
 from resnet_fused.autograd import end as ends
 from resnet_fused.autograd.branch import INPUTS, Branch, BranchSpec, Inputs, Wanted
-from resnet_fused.autograd.end import End, EndSpec
+from resnet_fused.autograd.end import EndSpec, Kept
 from resnet_fused.autograd.layer import (
     TENSORS,
     NormSpec,
@@ -28,7 +28,6 @@ from resnet_fused.autograd.layer import (
     same_backend,
 )
 from resnet_fused.autograd.saved import RESULT, found_results, keep_parameters, keep_results, known
-from resnet_fused.operands import TileStatistics
 from resnet_fused.reference import channels_last
 
 
@@ -80,7 +79,7 @@ class ResidualFunction(torch.autograd.Function):
             post,
             sign=needs_gradient,
         )
-        results = [*branch.results, *([] if end.post is None else [end.post])]
+        results = [*branch.results, *([] if end.kept.post is None else [end.kept.post])]
         moments = branches.moments(results, parameters)
         statistics = end.tiles if spec.end.statistics else ()
         ctx.mark_non_differentiable(*statistics, *moments)
@@ -88,7 +87,7 @@ class ResidualFunction(torch.autograd.Function):
             ctx.spec, ctx.backend = spec, forced_backend()
             ctx.set_materialize_grads(False)
             kept = keep_parameters(spec.norms, flat)
-            ctx.save_for_backward(*inputs[:5], end.sign, end.total, *branch.ys, *keep_results(results), *kept)
+            ctx.save_for_backward(*inputs[:5], end.kept.sign, end.kept.total, *branch.ys, *keep_results(results), *kept)
         return (end.out, *statistics, *moments)
 
     @staticmethod
@@ -107,8 +106,8 @@ class ResidualFunction(torch.autograd.Function):
         with no_autocast(dout), same_backend(ctx.backend):
             source = branches.read_source(spec.branch, x, results[-1] if spec.branch.pre is not None else None)
             branch = Branch(source, rest[:layers], results)
-            end = End(dout, sign, total, post_result, TileStatistics(dout, dout, dout))
-            return _backward(spec, ctx.needs_input_grad[1:], dout, inputs, branch, end, Parameters.split(flat))
+            kept = Kept(sign, total, post_result)
+            return _backward(spec, ctx.needs_input_grad[1:], dout, inputs, branch, kept, Parameters.split(flat))
 
 
 def _added(spec: ResidualSpec, branch: Branch, inputs: Inputs):
@@ -119,7 +118,13 @@ def _added(spec: ResidualSpec, branch: Branch, inputs: Inputs):
 
 
 def _backward(
-    spec: ResidualSpec, needs: Any, dout: Tensor, inputs: Inputs, branch: Branch, end: End, parameters: list[Parameters]
+    spec: ResidualSpec,
+    needs: Any,
+    dout: Tensor,
+    inputs: Inputs,
+    branch: Branch,
+    kept: Kept,
+    parameters: list[Parameters],
 ) -> tuple[Tensor | None, ...]:
     need = dict(zip(Inputs._fields, needs[:INPUTS], strict=True))
     each = [needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)]
@@ -137,7 +142,7 @@ def _backward(
     found = ends.backward(
         spec.end,
         dout,
-        end,
+        kept,
         (branch.ys[last], branch.norm(last)),
         (added, branch.norm(last + 1) if projected else None),
         inputs.gate,

@@ -34,8 +34,7 @@ _EPILOGUE = "Tensor? mean, Tensor? rstd, Tensor? skip, Tensor? skip_sign, float 
 
 def output_size(size: Any, kernel: int, stride: int, dilation: int) -> Any:
     """Height or width of the output for padding ``dilation * (kernel - 1) // 2``."""
-    padding = dilation * (kernel - 1) // 2
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    return reference.output_size(size, kernel, stride, dilation * (kernel - 1) // 2, dilation)
 
 
 class ConvOps:

@@ -55,7 +55,8 @@ def _check_infer(x, weight, bias, stride, padding) -> None:
 
 
 def _fake_infer(x, weight, bias, stride, padding):
-    p, q = ((size + 2 * padding - r) // stride + 1 for size, r in zip(x.shape[2:], weight.shape[2:], strict=True))
+    sizes = zip(x.shape[2:], weight.shape[2:], strict=True)
+    p, q = (reference.output_size(size, r, stride, padding, 1) for size, r in sizes)
     return empty_channels_last(x, x.shape[0], weight.shape[0], output_size(p, 3, 2, 1), output_size(q, 3, 2, 1))
 
 
