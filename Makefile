@@ -4,10 +4,12 @@
 #   VENV=path           another environment; one that exists already is completed, not replaced
 #   NO_INSTALL=1        no environment: PYTHON itself has everything (a container without network, say)
 #   ARGS="..."          more arguments for pytest or the demo
+#   BUDGET=600          seconds after which `bench` starts nothing more
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+BUDGET ?= 600
 SHELL := /bin/bash
 
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
@@ -44,8 +46,8 @@ test-gpu: $(INSTALLED) ## All tests, those that need a GPU included; fails where
 	@$(NEEDS_GPU)
 	$(PY) -m pytest $(ARGS)
 
-bench: $(INSTALLED) ## Time the blocks against PyTorch's
-	$(PY) -m pytest --benchmark $(ARGS)
+bench: $(INSTALLED) ## Time kernels, blocks and networks beside their peers, what matters most first, for BUDGET seconds
+	$(PY) -m pytest --benchmark --benchmark-budget $(BUDGET) $(ARGS)
 
 sanitize: $(INSTALLED) ## The GPU tests under compute-sanitizer: memcheck, racecheck, initcheck
 	@command -v compute-sanitizer > /dev/null || { echo "sanitize: compute-sanitizer is not on PATH (it is part of the CUDA toolkit)" >&2; exit 1; }

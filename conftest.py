@@ -1,25 +1,52 @@
-"""The `--benchmark` option: with it benchmarks/ are timed and tests/ left out, without it every benchmark runs once."""
+"""The option ``--benchmark``: with it benchmarks/ are timed and tests/ left out; without it small cases run once each.
+
+``tests/cases.py`` and the harness are importable from both folders.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-TESTS = Path(__file__).parent / "tests"
+ROOT = Path(__file__).parent
+TESTS = ROOT / "tests"
+
+sys.path[:0] = [str(ROOT / "benchmarks"), str(TESTS)]
+
+# tests/conftest.py, which pytest imports whatever is run, sets its own: benchmarks run as PyTorch comes.
+_THREADS, _TF32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise ValueError(text)
+    return value
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--benchmark",
         action="store_true",
-        help="time benchmarks/ and leave out tests/; without it every benchmark runs once, untimed",
+        help="time benchmarks/ and leave out tests/; without it small cases run once each, untimed",
+    )
+    parser.addoption(
+        "--benchmark-budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="start no further case after so many seconds; its rows are skipped and say so",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.getoption("--benchmark"):
+    if config.getoption("--benchmark"):
+        torch.set_num_threads(_THREADS)
+        torch.backends.cudnn.allow_tf32 = _TF32
+    else:
         config.option.benchmark_disable = True
 
 

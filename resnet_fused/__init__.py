@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from resnet_fused import aten as _aten
 from resnet_fused import cuda as _cuda
+from resnet_fused import kernels as _kernels
 from resnet_fused import models
 from resnet_fused.backends import use_backend
 from resnet_fused.blocks import BasicBlock, BasicUnit, Bottleneck, BottleneckUnit, NormReLU, PReLUBlock
@@ -32,4 +33,4 @@ __all__ = [
     "use_backend",
 ]
 
-del _aten, _cuda
+del _aten, _cuda, _kernels

@@ -19,6 +19,7 @@ from resnet_fused import config
 logger = logging.getLogger("resnet_fused")
 fallbacks: Counter[tuple[str, str]] = Counter()
 """How often an op or block did not take its fused path, by (name, reason)."""
+SLOWER = "another backend was measured to be faster on this GPU"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Implementation:
     default: bool  # False: runs only when forced (no GPU has proved it yet)
     bind: Callable[..., Callable[..., Any] | None] | None  # like run, but returns a function of the activations alone
     consume: Callable[..., Any] | None  # like run, but may write over the gradients among its arguments
+    preferred: Callable[..., bool] | None  # False: a later backend was measured to be faster on these arguments
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -51,10 +53,12 @@ def register(
     default: bool = True,
     bind: Callable[..., Callable[..., Any] | None] | None = None,
     consume: Callable[..., Any] | None = None,
+    preferred: Callable[..., bool] | None = None,
 ) -> None:
     """Add ``backend``'s implementation of ``op``; see :class:`Implementation`."""
     config.check_backend(backend, "register")
-    _table.setdefault(op, {})[backend] = Implementation(backend, run, unsupported_reason, default, bind, consume)
+    found = Implementation(backend, run, unsupported_reason, default, bind, consume, preferred)
+    _table.setdefault(op, {})[backend] = found
 
 
 def implementations(op: str) -> dict[str, Implementation]:
@@ -113,7 +117,9 @@ def choose(op: str, *args: Any) -> Implementation:
         if found is not None and found.default:
             reason = found.unsupported_reason(*args)
             if reason is None:
-                return found
+                if found.preferred is None or found.preferred(*args):
+                    return found
+                reason = SLOWER
             note_fallback(f"{op}[{backend}]", reason, level=logging.DEBUG)
     raise NotImplementedError(f"{op}: expected arguments that some backend supports, got none that does")
 

@@ -24,3 +24,8 @@ def check_backend(name: str, where: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{where}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+def triton_interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors (``TRITON_INTERPRET``, Triton's own variable)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

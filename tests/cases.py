@@ -100,7 +100,8 @@ BLOCKS = (
 class Stage(NamedTuple):
     """The block that a stage of an ImageNet ResNet repeats, at 224x224."""
 
-    kind: str
+    name: str
+    kind: str  # basic, bottleneck
     inplanes: int
     planes: int
     stride: int
@@ -109,12 +110,36 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("bottleneck", 256, 64, 1, 56, "ResNet-50 stage 1: bound by memory, the fusion's best case"),
-    Stage("bottleneck", 256, 128, 2, 56, "ResNet-50 first block of stage 2: stride 2 and projection"),
-    Stage("bottleneck", 512, 128, 1, 28, "ResNet-50 stage 2"),
-    Stage("bottleneck", 1024, 256, 1, 14, "ResNet-50 stage 3: most blocks of the deeper networks"),
-    Stage("bottleneck", 2048, 512, 1, 7, "ResNet-50 stage 4: bound by arithmetic, odd size"),
-    Stage("basic", 64, 64, 1, 56, "ResNet-18 stage 1: every tensor of the block is large"),
-    Stage("basic", 64, 128, 2, 56, "ResNet-18 first block of stage 2"),
-    Stage("basic", 512, 512, 1, 7, "ResNet-18 stage 4"),
+    Stage("resnet50.layer1.1", "bottleneck", 256, 64, 1, 56, "bound by memory, the fusion's best case"),
+    Stage("resnet50.layer2.0", "bottleneck", 256, 128, 2, 56, "stride 2 and projection"),
+    Stage("resnet50.layer2.1", "bottleneck", 512, 128, 1, 28, "the usual block"),
+    Stage("resnet50.layer3.1", "bottleneck", 1024, 256, 1, 14, "most blocks of the deeper networks"),
+    Stage("resnet50.layer4.1", "bottleneck", 2048, 512, 1, 7, "bound by arithmetic, odd size"),
+    Stage("resnet18.layer1.0", "basic", 64, 64, 1, 56, "every tensor of the block is large"),
+    Stage("resnet18.layer2.0", "basic", 64, 128, 2, 56, "BasicBlock with stride 2 and projection"),
+    Stage("resnet18.layer4.1", "basic", 512, 512, 1, 7, "3x3 alone, bound by arithmetic"),
+)
+
+
+class Network(NamedTuple):
+    """A network of torchvision that is timed."""
+
+    name: str
+    why: str
+
+
+# The kernels are timed on every call that these make.
+NETWORKS = (
+    Network("resnet50", "Bottlenecks: 1x1 and 3x3, wide sums at the block's end"),
+    Network("resnet18", "BasicBlocks: 3x3 alone, every tensor of a block has the same size"),
+)
+
+MODELS = (
+    Network("resnet50", "the usual yardstick"),
+    Network("resnet18", "BasicBlocks"),
+    Network("resnet34", "BasicBlocks, deeper"),
+    Network("resnet101", "most of its blocks in stage 3"),
+    Network("resnet152", "the deepest: host time and memory"),
+    Network("resnext50_32x4d", "grouped 3x3 convolutions"),
+    Network("wide_resnet50_2", "inner tensors twice as wide: bound by arithmetic"),
 )

@@ -82,14 +82,15 @@ def test_a_forced_backend_runs(calls, name):
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_a_forced_backend_that_cannot_run_raises_with_the_reason(name, calls):
-    reason = backends.unavailable("conv3x3_fprop", name, *FPROP)
+    args = [a.double() if isinstance(a, torch.Tensor) else a for a in FPROP]
+    reason = backends.unavailable("conv3x3_fprop", name, *args)
     assert reason
     text = f"conv3x3_fprop: expected arguments that the forced backend {name} supports, got: {reason}"
     with backends.use_backend(name), pytest.raises(NotImplementedError) as caught:
-        ops["conv3x3_fprop"](*FPROP)
+        ops["conv3x3_fprop"](*args)
     assert str(caught.value) == text
     with backends.use_backend(name), pytest.raises(NotImplementedError) as caught:
-        torch.ops.resnet_fused.conv3x3_fprop(*FPROP)
+        torch.ops.resnet_fused.conv3x3_fprop(*args)
     assert str(caught.value) == text
     assert calls == []
 
@@ -302,7 +303,7 @@ def named_backends(path: Path) -> list[tuple[int, str]]:
 
 
 # The registry, the configuration, what tells users about it, and each backend's own registrations.
-NAMES_BACKENDS = ("backends.py", "config.py", "report.py", "aten/", "cuda/", "kernels/", "cli/")
+NAMES_BACKENDS = ("backends.py", "config.py", "report.py", "aten/", "cuda/", "kernels/", "tuning/", "cli/")
 
 
 def test_only_the_choosing_code_names_backends():

@@ -82,7 +82,7 @@ def test_info_prints_tables(capsys) -> None:
         (("check", "resnet18", "--device", "tpu"), "expected cpu, cuda or cuda:N, got 'tpu'"),
         (("bench", "resnet18", "--peers", "eager,jax"), "expected names of eager, channels_last, compile"),
         (("bench", "resnet18", "--rounds", "0"), "expected an integer of at least 1, got '0'"),
-        (("check", *SMALL, "--backend", "triton"), "use --backend auto"),
+        (("check", *SMALL, "--backend", "cuda"), "use --backend auto"),
         (("demo", "--out", "/dev/null/x"), "expected a folder that can be written"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",

@@ -41,15 +41,17 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def fprop(x, scale, shift, slope, weight, stride, dilation, groups, statistics):
-    """The input materialised, the convolution, one statistics pass."""
-    act, _ = activation(x, scale, shift, slope)
+def convolution(act: Tensor, weight: Tensor, stride: int, dilation: int, groups: int) -> Tensor:
+    """``conv2d(act, weight)`` in channels_last, padded as these ops are."""
     if _is_product(act, weight, stride):
         act = act[:, :, ::stride, ::stride]
-        y = _image(_rows(act) @ weight.flatten(1).t(), act)
-    else:
-        y = F.conv2d(act, weight, None, stride, _padding(weight, dilation), dilation, groups)
-    y = channels_last(y)
+        return channels_last(_image(_rows(act) @ weight.flatten(1).t(), act))
+    return channels_last(F.conv2d(act, weight, None, stride, _padding(weight, dilation), dilation, groups))
+
+
+def fprop(x, scale, shift, slope, weight, stride, dilation, groups, statistics):
+    """The input materialised, the convolution, one statistics pass."""
+    y = convolution(activation(x, scale, shift, slope)[0], weight, stride, dilation, groups)
     return (y, *(tile_statistics(y) if statistics else no_statistics(y)))
 
 
@@ -139,7 +141,8 @@ def bind_infer(
 # --- backward -------------------------------------------------------------------------------------------------------
 
 
-def _backward(dy, act, weight, stride, dilation, groups, mask):
+def convolution_backward(dy, act, weight, stride, dilation, groups, mask):
+    """``(dact, dw)`` of :func:`convolution`, each where ``mask`` asks for it."""
     if _is_product(act, weight, stride):
         rows, taken = _rows(dy), act[:, :, ::stride, ::stride]
         dw = (rows.t() @ _rows(taken)).view_as(weight) if mask[1] else None
@@ -188,7 +191,7 @@ def dgrad(
     """``dy`` materialised, cuDNN's or oneDNN's dgrad, then the epilogue as passes."""
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype)
     act, read = activation(x, scale, shift, slope)
-    dx, _ = _backward(dy, act, weight, stride, dilation, groups, [True, False])
+    dx, _ = convolution_backward(dy, act, weight, stride, dilation, groups, [True, False])
     return _through_input(dx, read, x, scale, slope, mean, rstd, skip, skip_sign, skip_scale)
 
 
@@ -196,7 +199,7 @@ def wgrad(dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride, dilation
     """Both operands materialised, cuDNN's or oneDNN's wgrad."""
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype)
     act, _ = activation(x, scale, shift, slope)
-    _, dw = _backward(dy, act, weight, stride, dilation, groups, [False, True])
+    _, dw = convolution_backward(dy, act, weight, stride, dilation, groups, [False, True])
     return weight_format(dw.to(dtype), weight)
 
 
@@ -209,11 +212,11 @@ def bprop(
     dy = output_gradient(dz, sign, y, a, b, c, weight.dtype, consume=consume)
     act, read = activation(x, scale, shift, slope)
     if consume and _adds_into(skip, skip_sign, x, weight, stride):
-        _, dw = _backward(dy, act, weight, stride, dilation, groups, [False, True])
+        _, dw = convolution_backward(dy, act, weight, stride, dilation, groups, [False, True])
         into, dx, skip = _rows(skip), skip, None
         torch.addmm(into, _rows(dy), weight.flatten(1), beta=skip_scale, out=into)
     else:
-        dx, dw = _backward(dy, act, weight, stride, dilation, groups, [True, True])
+        dx, dw = convolution_backward(dy, act, weight, stride, dilation, groups, [True, True])
     found = _through_input(dx, read, x, scale, slope, mean, rstd, skip, skip_sign, skip_scale)
     return (*found, weight_format(dw.to(dtype), weight))
 

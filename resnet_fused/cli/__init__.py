@@ -1,7 +1,8 @@
-"""The command line: ``python -m resnet_fused {info,demo,check,bench}``, also installed as ``resnet-fused``.
+"""The command line: ``python -m resnet_fused {info,check,bench,...}``, also installed as ``resnet-fused``.
 
-Exit codes: 0 all is well, 1 a comparison failed, 2 wrong input (one line on stderr that says what to change), 130
-interrupted. Results go to stdout, progress to stderr; with ``--json`` stdout is one JSON document.
+Exit codes: 0 all is well, 1 a comparison failed, 2 wrong input (one line on stderr that says what to change), 3 a
+profiler is missing or not allowed, 130 interrupted. Results go to stdout, progress to stderr; with ``--json`` stdout is
+one JSON document.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from resnet_fused import config
-from resnet_fused.cli import bench, check, demo, info
+from resnet_fused.cli import bench, check, demo, info, profile, report, tune
 from resnet_fused.cli.output import Output, UsageError
 
 __all__ = ["main"]
 
-_COMMANDS = (info, demo, check, bench)
+_COMMANDS = (info, demo, check, bench, profile, report, tune)
 _EXAMPLES = """\
 examples:
   %(prog)s info                        versions, GPU, extension, which backend runs each operation
   %(prog)s demo                        photographs, errors, speed and a training run, in about two minutes
   %(prog)s check resnet50              errors of outputs and gradients against fp64, beside PyTorch's own
   %(prog)s bench resnet50 --batch 8    times beside eager PyTorch and torch.compile
+  %(prog)s profile resnet50            every kernel of a step against the bytes and FLOPs that its op needs
+  %(prog)s tune                        the fastest kernels for this GPU, measured
+  %(prog)s report                      tables and plots of the committed benchmark results
   %(prog)s COMMAND --help              the options of one command
 """
 

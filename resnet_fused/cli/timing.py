@@ -49,11 +49,23 @@ class Times:
         }
 
 
-def clock(call: Call, device: torch.device) -> float:
-    """Seconds of one call; on a GPU between two events on the current stream, with the device idle before."""
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done everything; the CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock(call: Call, device: torch.device, before: Call | None = None) -> float:
+    """Seconds of one call, ``before`` left out.
+
+    On a GPU the time between two events on the current stream, with the device idle before ``before``; the host does
+    not wait between ``before`` and ``call``, so that a long ``before`` hides the host's time of ``call``.
+    """
+    synchronize(device)
+    if before is not None:
+        before()
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
         start.record()
         call()
         end.record()
@@ -64,17 +76,33 @@ def clock(call: Call, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+Clock = Callable[[Call, torch.device, Call | None], float]
+
+
 def interleave(
-    calls: dict[str, Call], rounds: int, device: torch.device, advance: Callable[[str], None], label: str = "round"
+    calls: dict[str, Call],
+    rounds: int,
+    device: torch.device,
+    advance: Callable[[str], None] = lambda text: None,
+    label: str = "round",
+    *,
+    before: Call | None = None,
+    clock: Clock = clock,
 ) -> dict[str, Times]:
-    """Time ``calls`` for ``rounds`` rounds, one call of each a round; ``advance`` is told before every round."""
+    """Time ``calls`` for ``rounds`` rounds, one call of each a round, in an order that rotates.
+
+    Args:
+        advance: told before every round which it is.
+        before: run before every call, outside its time.
+        clock: takes the time of one call.
+    """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         advance(f"{label} {i + 1} of {rounds}")
         for j in range(len(names)):
             name = names[(i + j) % len(names)]
-            samples[name].append(clock(calls[name], device))
+            samples[name].append(clock(calls[name], device, before))
     return {name: Times(tuple(found)) for name, found in samples.items()}
 
 

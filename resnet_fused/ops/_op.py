@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +18,23 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 ops: dict[str, Op] = {}
+
+Observer = Callable[[str, tuple[Any, ...]], AbstractContextManager[Any]]
+_observer: Observer | None = None  # of every thread: on a GPU backward runs in one of autograd's own
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Within it every call of an op, on real or fake tensors, in any thread, runs inside ``observer(name, args)``.
+
+    What inference has bound before is not seen: call ``refresh(model)`` first.
+    """
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
 
 
 class Op:
@@ -36,16 +55,23 @@ class Op:
 
         def checked_fake(*args: Any) -> Any:
             check(*args)
-            return fake(*args)
+            return self._observed(fake, args)
 
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", checked_fake, lib=_library)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         ops[self.name] = self
 
+    def _observed(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """``run(*args)``, inside the observer if there is one."""
+        if _observer is None:
+            return run(*args)
+        with _observer(self.name, args):
+            return run(*args)
+
     def run(self, *args: Any) -> Any:
         """Check the arguments, choose a backend, run it."""
         self.check(*args)
-        return backends.choose(self.name, *args).run(*args)
+        return self._observed(backends.choose(self.name, *args).run, args)
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args) if _watched(args[0]) else self.run(*args)
@@ -56,7 +82,7 @@ class Op:
             return self.overload(*args)
         self.check(*args)
         chosen = backends.choose(self.name, *args)
-        return (chosen.consume or chosen.run)(*args)
+        return self._observed(chosen.consume or chosen.run, args)
 
     def bind(self, *args: Any, **hints: Any) -> Callable[..., Any] | None:
         """What the backend chosen for arguments like these prepares for many calls; None if it prepares nothing."""
@@ -64,7 +90,12 @@ class Op:
             return None
         self.check(*args)
         prepare = backends.choose(self.name, *args).bind
-        return None if prepare is None else prepare(*args, **hints)
+        bound = None if prepare is None else prepare(*args, **hints)
+        return bound if bound is None or _observer is None else self._watched_bound(bound, args)
+
+    def _watched_bound(self, bound: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+        """``bound``, of whose calls the observer is told the arguments that it was bound for: all have their shapes."""
+        return lambda *activations: self._observed(lambda *_: bound(*activations), args)
 
 
 def _watched(x: Any) -> bool:

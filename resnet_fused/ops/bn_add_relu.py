@@ -20,6 +20,8 @@ spread    the gradient of ``pool`` added to that of ``y * scale + shift``
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -133,10 +135,24 @@ def _pending(name: str, t: Tensor | Deferred | None) -> tuple[Tensor | None, Ten
     return t.y, t.scale, t.shift
 
 
+_packs_on_cpu = False
+
+
+@contextlib.contextmanager
+def packed_masks() -> Iterator[None]:
+    """Within it the CPU keeps 1-bit masks too, as a GPU does: for counting what a GPU moves."""
+    global _packs_on_cpu
+    before, _packs_on_cpu = _packs_on_cpu, True
+    try:
+        yield
+    finally:
+        _packs_on_cpu = before
+
+
 def _packs(y: Tensor) -> bool:
     # On the CPU packing and unpacking bits cost three passes, reading the output again costs one, and the output stays
     # in memory anyway as the next block's input.
-    return y.device.type != "cpu"
+    return y.device.type != "cpu" or _packs_on_cpu
 
 
 # --- backward -------------------------------------------------------------------------------------------------------

@@ -1,1 +1,22 @@
-"""Measured configurations: which backend and which tile sizes each op takes, one JSON table per GPU in `tables/`."""
+"""Which configuration a kernel takes: forced, else measured on this GPU (`tables/`), else its first candidate."""
+
+from __future__ import annotations
+
+from resnet_fused.tuning.choice import Candidates, Problem, choose, contested, fitting, loses, measured, use
+from resnet_fused.tuning.configs import Config, Materialised, ProductConfig, RowsConfig, Separate
+
+__all__ = [
+    "Candidates",
+    "Config",
+    "Materialised",
+    "Problem",
+    "ProductConfig",
+    "RowsConfig",
+    "Separate",
+    "choose",
+    "contested",
+    "fitting",
+    "loses",
+    "measured",
+    "use",
+]

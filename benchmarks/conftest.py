@@ -1,0 +1,103 @@
+"""Rows of pytest-benchmark from the harness: one measurement a case, whose implementations each get their own row."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import plan, rows, session
+from harness.protocol import Case, Result, Settings, measure
+
+from resnet_fused.cli import ceilings
+
+RECORDER = pytest.StashKey[session.Recorder]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, text in plan.MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+    config.stash[RECORDER] = session.Recorder(config.getoption("--benchmark-budget"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    measured = [item for item in items if isinstance(item, pytest.Function) and "row" in item.fixturenames]
+    for item in measured:
+        item.add_marker(pytest.mark.benchmark(timer=session.TAPE.now))
+    others = set(items) - set(measured)
+    items[:] = [*(item for item in items if item in others), *sorted(measured, key=plan.order)]
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, str], None]:
+    """``row(case, impl)``: the row of one implementation; the case is measured when its first row is asked for."""
+    recorder = request.config.stash[RECORDER]
+
+    def skip(case: Case, impl: str, reason: str) -> None:
+        known = {"fullname": request.node.nodeid, "reason": reason, "extra_info": rows.identity(case, impl)}
+        recorder.unmeasured.append(known)
+        benchmark.skipped = True
+        pytest.skip(reason)
+
+    def report(case: Case, impl: str) -> None:
+        if case.id not in recorder.results:
+            reason = recorder.over()
+            if reason is not None:
+                skip(case, impl, reason)
+            recorder.results[case.id] = _measure(request, case, timed=benchmark.enabled)
+        result = recorder.results[case.id][impl]
+        if result.exception is not None:
+            raise result.exception
+        if result.unmeasured is not None:
+            skip(case, impl, result.unmeasured)
+        _fill(benchmark, case, impl, result)
+
+    return report
+
+
+def _measure(request: pytest.FixtureRequest, case: Case, *, timed: bool) -> dict[str, Result]:
+    """All implementations of ``case`` that this session asks for."""
+    options = request.config.option
+    settings = Settings(session.DEVICE, timed, options.benchmark_min_rounds, float(options.benchmark_max_time))
+    try:
+        return measure(case, _asked(request.session.items, case), settings)
+    finally:
+        gc.collect()
+        if session.DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _asked(items: list[pytest.Item], case: Case) -> list[str]:
+    """In the order of ``case.impls``."""
+    chosen = set()
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if params.get("case") == case.id:
+            chosen.add(params["impl"])
+    return [impl for impl in case.impls if impl in chosen]
+
+
+def _fill(benchmark: Any, case: Case, impl: str, result: Result) -> None:
+    if not benchmark.enabled:
+        benchmark(lambda: None)
+        return
+    benchmark.group = f"{case.info['kind']} {case.id}"
+    benchmark.extra_info |= rows.measured(case, impl, result, ceilings.rates(session.DEVICE, case.dtype))
+    session.TAPE.load(result.samples)
+    benchmark.pedantic(session.TAPE.play, setup=session.TAPE.rewind, rounds=len(result.samples))
+
+
+# --- what the report says beside the rows ---------------------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info |= session.machine_info()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Beside ``benchmarks`` a list ``unmeasured``: rows that have no time, each with the reason."""
+    output_json["unmeasured"] = config.stash[RECORDER].unmeasured

@@ -1,0 +1,52 @@
+"""Errors against fp64, and when a result is wrong.
+
+**Error.** ``norm(value - exact) / norm(exact)`` of a whole tensor; of a packed mask the share of bits that differ. A
+row reports the greatest over its tensors. **Bound.** Twice PyTorch's own error in the same dtype plus a floor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fused import reference
+from resnet_fused.cli.compare import FACTOR
+
+
+class Beyond(Exception):
+    """An error beyond its bound."""
+
+
+def check(
+    found: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor], floor: float
+) -> tuple[float, float]:
+    """The greatest error of ``found``, and of ``eager`` over the tensors that it has too.
+
+    Raises:
+        Beyond: a tensor is missing, has another shape, or its error is more than twice eager's plus ``floor``.
+    """
+    errors, theirs = {}, {}
+    for name in found.keys() & exact.keys():
+        errors[name] = relative(found[name], exact[name])
+        if name in eager:
+            theirs[name] = relative(eager[name], exact[name])
+        allowed = FACTOR * theirs.get(name, 0.0) + floor
+        if not errors[name] <= allowed:
+            raise Beyond(f"{name} is off by {errors[name]:.1e} of its norm, {allowed:.1e} allowed")
+    if not errors:
+        raise Beyond(f"expected some of {', '.join(exact)}, got {', '.join(found) or 'nothing'}")
+    return max(errors.values()), max(theirs.values(), default=0.0)
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    """The error of one tensor; infinite where the shapes differ or a value is NaN."""
+    if value.shape != exact.shape:
+        return float("inf")
+    if exact.dtype == torch.uint8:
+        return (_bits(value) != _bits(exact)).double().mean().item()
+    difference = (value.double() - exact).norm() / exact.norm().clamp_min(1e-30)
+    return difference.item() if torch.isfinite(difference) else float("inf")
+
+
+def _bits(packed: Tensor) -> Tensor:
+    return reference.unpack_mask(packed, packed.new_empty((1, 1, 8 * packed.numel(), 1)))

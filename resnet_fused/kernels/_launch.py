@@ -1,0 +1,146 @@
+"""How the Triton kernels are reached: one way to launch, to record what would be launched, and to size a grid."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused import config
+
+
+class Launch(NamedTuple):
+    """One kernel call."""
+
+    kernel: Any  # what triton.jit made
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # of the kernel, by name, compile-time constants included
+    options: dict[str, int]  # num_warps, num_stages
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("resnet_fused_launches", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 1, **arguments: Any) -> None:
+    """Run ``kernel`` on the device of its first tensor, in that device's current stream.
+
+    Args:
+        kernel: what triton.jit made.
+        grid: programs along each axis; nothing runs where one is 0.
+        warps, stages: warps of a program, stages of its software pipeline.
+        arguments: the kernel's, by name.
+    """
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, arguments, {"num_warps": warps, "num_stages": stages}))
+        return
+    if 0 in grid:
+        return
+    first = next(a for a in arguments.values() if isinstance(a, Tensor))
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+    else:
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within it kernels are not run but noted in the list: on meta tensors, what a call would launch."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+@functools.cache
+def _cuda_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+# Few, so that every program of a small problem walks over several tiles in the interpreter.
+_INTERPRETED_MULTIPROCESSORS = 3
+# An H200's, for launches that are only recorded.
+_RECORDED_MULTIPROCESSORS = 132
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, one on each multiprocessor."""
+    if device.type == "cuda":
+        return _cuda_multiprocessors(device.index or 0)
+    return _INTERPRETED_MULTIPROCESSORS if device.type == "cpu" else _RECORDED_MULTIPROCESSORS
+
+
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)``."""
+    return -(-a // b)
+
+
+def rows(t: Tensor) -> Tensor:
+    """The (N*H*W, C) matrix of a (N, C, H, W) tensor; a copy unless it is channels_last."""
+    return t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def vector(v: Tensor | None) -> Tensor | None:
+    """A per-channel vector in contiguous memory."""
+    return None if v is None else v.contiguous()
+
+
+def is_wide(*tensors: Tensor | None) -> bool:
+    """Whether an element's offset in one of the tensors may exceed 32 bits."""
+    return any(t is not None and t.numel() >= 2**31 for t in tensors)
+
+
+# --- counters of arrival ---------------------------------------------------------------------------------------------
+
+_counters: dict[tuple[int, int], Tensor] = {}
+_COUNTERS = 4096
+
+
+def counters(device: torch.device, needed: int) -> Tensor:
+    """Zeros (int32) that a kernel counts its programs' arrivals in, and leaves at zero again.
+
+    One buffer for each device and stream, since kernels of one stream follow each other. A graph may be replayed in any
+    stream: what is captured gets a buffer of its own.
+    """
+    if device.type != "cuda" or needed > _COUNTERS or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(needed, dtype=torch.int32, device=device)
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    found = _counters.get(key)
+    if found is None:
+        found = _counters[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return found
+
+
+# --- what every kernel asks of its tensors ----------------------------------------------------------------------------
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unsupported(*tensors: Tensor | None) -> str | None:
+    """Why no kernel of this package runs on these tensors; None if one may."""
+    given = [t for t in tensors if t is not None]
+    first = given[0]
+    if not (first.is_cuda or first.is_meta or (first.is_cpu and config.triton_interprets())):
+        return f"Triton kernels run on CUDA devices, and a tensor is on {first.device}"
+    for t in given:
+        if t.device != first.device:
+            return f"the kernel reads one device only, and tensors are on {first.device} and {t.device}"
+        if t.is_floating_point() and t.dtype not in _DTYPES:
+            return f"the kernel is written for float32, float16 and bfloat16, not {t.dtype}"
+    if any(t.dim() == 4 and t.numel() == 0 for t in given):
+        return "a tensor is empty"
+    return _old_device(first.device.index or 0) if first.is_cuda else None
+
+
+@functools.cache
+def _old_device(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"Triton kernels need compute capability 8.0, and cuda:{index} has {major}.{minor}"

@@ -1,0 +1,181 @@
+"""``stem``: norm, ReLU and 3x3/2 max-pool after an ImageNet ResNet's first convolution, and its backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from resnet_fused import tuning
+from resnet_fused.kernels._launch import cdiv, counters, launch, multiprocessors, rows, unsupported, vector
+from resnet_fused.kernels.stem_passes import apply_kernel, forward_kernel, reduce_kernel
+from resnet_fused.ops._op import empty_channels_last
+from resnet_fused.tuning import RowsConfig
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """What a configuration is chosen for."""
+
+    dtype: str
+    images: int
+    channels: int
+    height: int  # of y
+    width: int
+    backward: bool
+
+
+# The greatest key of a number: infinity's bits, all codes.
+_INFINITY = {torch.float32: 0x7F80_0000_0000_000F, torch.float16: 0x7F80_000F, torch.bfloat16: 0x7F80_000F}
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def problem(op: str, *args: Tensor | None) -> Problem:
+    """Of ``op`` on its arguments."""
+    backward = op != "stem_forward"
+    y = args[1 if backward else 0]
+    assert y is not None
+    images, channels, height, width = y.shape
+    return Problem(_NAMES[y.dtype], images, channels, height, width, backward)
+
+
+def candidates(problem: Problem) -> tuple[RowsConfig, ...]:
+    """One 16-byte access of each tensor a thread; the loads of a row of windows are 64 to 112 bytes in flight.
+
+    ``rows`` are strips. Programs are as many as registers leave room for, 128 of a thread in backward; where sums are
+    merged, few large programs are better than many small ones.
+    """
+    channels = min(64, triton.next_power_of_2(problem.channels))
+    strips = 32 * (4 if problem.dtype == "fp32" else 8) // channels  # of a warp
+    resident = 16 if problem.backward else 24  # warps of a multiprocessor
+    shapes = ((4, 1), (8, 1), (4, 2), (8, 2))  # warps of a program; what part of the warps to use
+    return tuple(RowsConfig(strips * warps, channels, warps, resident // (warps * part)) for warps, part in shapes)
+
+
+STRIP = 8  # one row of the image in 17 is read twice, and a pass has strips enough for a full last round
+
+
+class _Walk(NamedTuple):
+    """How the programs of a launch share the strips."""
+
+    grid: tuple[int]
+    warps: int
+    blocks: int  # of channels
+    sizes: dict[str, int]  # arguments of a kernel
+
+
+def _walk(op: str, *args: Tensor | None) -> _Walk:
+    key = problem(op, *args)
+    first = args[0]
+    assert first is not None
+    config = tuning.choose(op, key, first.device, candidates)
+    assert isinstance(config, RowsConfig)
+    p, q = cdiv(key.height, 2), cdiv(key.width, 2)
+    block = min(config.channels, triton.next_power_of_2(key.channels))
+    blocks = cdiv(key.channels, block)
+    tiles = cdiv(key.images * cdiv(p, STRIP) * q, config.rows)
+    programs = min(max(multiprocessors(first.device) * config.programs // blocks, 1), tiles)
+    sizes = {"N": key.images, "H": key.height, "W": key.width, "P": p, "Q": q, "C": key.channels, "programs": programs}
+    constants = {"STRIP": STRIP, "STRIPS": config.rows, "CHANNELS": block}
+    return _Walk((blocks * programs,), config.warps, blocks, {**sizes, **constants})
+
+
+# --- ops ------------------------------------------------------------------------------------------------------------
+
+
+def stem_forward(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``max_pool2d(relu(y * scale + shift), 3, 2, 1)``."""
+    walk = _walk("stem_forward", y)
+    out = empty_channels_last(y, y.shape[0], y.shape[1], walk.sizes["P"], walk.sizes["Q"])
+    launch(
+        forward_kernel, walk.grid, warps=walk.warps,
+        y=rows(y), scale=scale.contiguous(), shift=shift.contiguous(), out=out, **walk.sizes,
+    )  # fmt: skip
+    return out
+
+
+def _reduce(
+    walk: _Walk, dout: Tensor | None, y: Tensor, norm: tuple[Tensor, ...], *, winners: Tensor | None = None,
+    weight: Tensor | None = None, count: Tensor | None = None, coefficients: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """``dbeta`` and ``dgamma`` (2, C) unless dout is None; winners and coefficients where there is a tensor for them.
+
+    norm: scale, shift, and where there is dout mean and rstd.
+    """
+    channels, programs, needed = walk.sizes["C"], walk.sizes["programs"], dout is not None
+    sums = y.new_empty((2, channels), dtype=torch.float32) if needed else None
+    launch(
+        reduce_kernel, walk.grid, warps=walk.warps, y=y, dout=dout,
+        scale=norm[0], shift=norm[1], mean=norm[2] if needed else None, rstd=norm[3] if needed else None,
+        weight=weight, count=count, winners=winners, sums=sums, coefficients=coefficients,
+        partials=y.new_empty((2, programs, channels), dtype=torch.float32) if needed else None,
+        arrivals=counters(y.device, walk.blocks) if needed else None,
+        counts=0 if count is None else count.shape[0], PARTS=64, INFINITY=_INFINITY[y.dtype], **walk.sizes,
+    )  # fmt: skip
+    return sums
+
+
+def _apply(walk: _Walk, dout: Tensor, winners: Tensor, y: Tensor, a: Tensor, b, c, shape: torch.Size) -> Tensor:
+    dy = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    launch(
+        apply_kernel, walk.grid, warps=walk.warps,
+        dout=dout, winners=winners, y=None if b is None else y, a=a, b=b, c=c, dy=dy, **walk.sizes,
+    )  # fmt: skip
+    return dy
+
+
+def _winners(dout: Tensor) -> Tensor:
+    return torch.empty_like(dout, dtype=torch.uint8)
+
+
+def stem_reduce(
+    dout: Tensor, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(dbeta, dgamma)`` of the stem's norm."""
+    norm = tuple(v.contiguous() for v in (scale, shift, mean, rstd))
+    sums = _reduce(_walk("stem_reduce", dout, y), rows(dout), rows(y), norm)
+    assert sums is not None
+    return sums[0], sums[1]
+
+
+def stem_apply(
+    dout: Tensor, y: Tensor, scale: Tensor, shift: Tensor, a: Tensor, b: Tensor | None, c: Tensor | None
+) -> Tensor:
+    """The gradient of the stem convolution's output, ``dy = a * dz + b * y + c``; one pass more to find the winners."""
+    walk, g, values = _walk("stem_apply", dout, y), rows(dout), rows(y)
+    winners = _winners(g)
+    _reduce(walk, None, values, (scale.contiguous(), shift.contiguous()), winners=winners)
+    return _apply(walk, g, winners, values, a.contiguous(), vector(b), vector(c), y.shape)
+
+
+def stem_backward(
+    dout: Tensor, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor,
+    weight: Tensor | None, count: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(dy, dbeta, dgamma)`` in two launches; ``count`` None for frozen statistics."""
+    walk, g, values = _walk("stem_backward", dout, y), rows(dout), rows(y)
+    winners, norm = _winners(g), tuple(v.contiguous() for v in (scale, shift, mean, rstd))
+    if count is None:
+        sums = _reduce(walk, g, values, norm, winners=winners)
+        a, b, c = norm[0], None, None
+    else:
+        batch = scale.new_empty((3, scale.shape[0]))
+        sums = _reduce(
+            walk, g, values, norm, winners=winners, weight=vector(weight), count=count.contiguous(), coefficients=batch
+        )
+        a, b, c = batch.unbind()
+    assert sums is not None
+    return _apply(walk, g, winners, values, a, b, c, y.shape), sums[0], sums[1]
+
+
+def _unsupported(*args: Tensor | None) -> str | None:
+    reason = unsupported(*args)
+    if reason is None and any(t is not None and t.dim() == 4 and t[0].numel() >= 2**31 for t in args):
+        return "an image has 2^31 elements or more"
+    return reason
+
+
+UNSUPPORTED = dict.fromkeys(("stem_forward", "stem_reduce", "stem_apply", "stem_backward"), _unsupported)

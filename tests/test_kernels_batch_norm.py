@@ -1,0 +1,147 @@
+"""The Triton kernels of ``batch_norm``: shapes at their edges, counts, parameters of other dtypes, launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, dtype_id
+from kernel_helpers import DEVICE, DTYPES, compare, maker, run
+
+pytest.importorskip("triton")
+
+from resnet_fused import backends, reference
+from resnet_fused.kernels import batch_norm
+from resnet_fused.kernels._launch import recording
+from resnet_fused.tuning import RowsConfig
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+
+# Small tiles: several blocks of channels, and in the interpreter 3 programs that walk over several tiles.
+SMALL = RowsConfig(rows=32, channels=16, warps=1, programs=1)
+VECTORS = RowsConfig(rows=1, channels=4, warps=1, programs=1)
+
+
+def counts(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("config", [None, SMALL], ids=["default", "small"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, 5, 1, 1), (2, 3, 5, 7), (3, 24, 9, 11), (2, 72, 8, 8), (1, 16, 1, 33)], ids=str
+)
+def test_statistics(shape, config, dtype):
+    compare("bn_statistics", (maker(dtype).activation(*shape),), config)
+
+
+@pytest.mark.parametrize("config", [None, SMALL], ids=["default", "small"])
+def test_statistics_under_a_large_mean(config):
+    """Mean 1e4 deviations from 0; some images with a mean of their own."""
+    y = maker(torch.float32).activation(8, 16, 7, 9) + 1e4
+    y[::2] += 3
+    compare("bn_statistics", (y,), config, tolerance=1e-3)
+    _, mean, m2 = run("bn_statistics", (y,), config)
+    assert_close(m2[0], ((y.double() - y.double().mean((0, 2, 3), keepdim=True)) ** 2).sum((0, 2, 3)), 1e-3)
+    assert_close(mean[0], y.double().mean((0, 2, 3)), 1e-7)
+
+
+@every_dtype
+def test_statistics_keep_nan_in_its_channel(dtype):
+    y = maker(dtype).activation(2, 20, 9, 9)
+    y[1, 17, 3, 4] = float("nan")
+    _, mean, m2 = run("bn_statistics", (y,), SMALL)
+    for t in (mean, m2):
+        assert t.isnan()[0].nonzero().flatten().tolist() == [17]
+
+
+# --- tiles to a norm ------------------------------------------------------------------------------------------------
+
+
+def tiles(m, number: int, channels: int) -> tuple:
+    mean = torch.stack([m.vector(channels) for _ in range(number)])
+    m2 = torch.stack([m.vector(channels, positive=True) for _ in range(number)])
+    return counts(*(7 * i % 5 for i in range(1, number + 1))), mean, m2
+
+
+@pytest.mark.parametrize("config", [None, VECTORS], ids=["default", "small"])
+@pytest.mark.parametrize("number", [1, 2, 16, 37])
+def test_merge_and_finalize(number, config):
+    m, channels = maker(torch.float32), 7
+    given = tiles(m, number, channels)
+    compare("bn_merge", given, config)
+    for weight, bias in ((None, None), (m.vector(channels), None), (None, m.vector(channels))):
+        compare("bn_finalize", (*given, weight, bias, 1e-5), config)
+
+
+@every_dtype
+def test_parameters_of_any_dtype(dtype):
+    m = maker(torch.float32)
+    weight, bias = m.vector(6).to(dtype), m.vector(12).to(dtype)[::2]
+    found = compare("bn_finalize", (*tiles(m, 3, 6), weight, bias, 1e-3), VECTORS, tolerance=1e-5)
+    assert all(t.dtype == torch.float32 for t in found)
+    args = (m.vector(6), m.vector(6), weight, *m.norm(6), counts(3, 4))
+    compare("bn_coefficients", args, VECTORS, tolerance=1e-5)
+
+
+def test_counts_that_add_up_past_int32():
+    m, many = maker(torch.float32), counts(2**31 - 1, 2**31 - 1, 2)
+    _, mean, m2 = tiles(m, 3, 4)
+    compare("bn_finalize", (many, mean, m2 * 1e9, None, None, 1e-5), tolerance=1e-5)
+    compare("bn_coefficients", (m.vector(4), m.vector(4), None, *m.norm(4), many), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("given", [(1,), (0,), (1, 0), (0, 0), ()], ids=str)
+def test_one_value_or_none(given):
+    """What the reference gives, inf and NaN included."""
+    m, count, number = maker(torch.float32), counts(*given), len(given)
+    mean = torch.stack([m.vector(3) for _ in given]) if given else torch.empty(0, 3, device=DEVICE)
+    args = (count, mean, torch.zeros_like(mean), m.vector(3), m.vector(3), 1e-5)
+    for found, expected in zip(run("bn_finalize", args), reference.bn_finalize(*args), strict=True):
+        assert torch.allclose(found, expected, equal_nan=True), number
+    for found, expected in zip(run("bn_merge", args[:3]), reference.bn_merge(*args[:3]), strict=True):
+        assert torch.allclose(found, expected, equal_nan=True), number
+
+
+def test_tiles_of_any_strides():
+    m = maker(torch.float32)
+    count, mean, m2 = tiles(m, 4, 6)
+    given = count[::2], mean.t().contiguous().t()[::2], m2[::2].flip(1)
+    compare("bn_merge", given)
+    compare("bn_finalize", (*given, None, None, 1e-5))
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+
+def test_one_launch_each():
+    m = maker(torch.float32)
+    calls = {
+        "bn_statistics": (m.activation(2, 3, 4, 5),),
+        "bn_merge": tiles(m, 3, 4),
+        "bn_finalize": (*tiles(m, 3, 4), m.vector(4), m.vector(4), 1e-5),
+        "bn_coefficients": (m.vector(4), m.vector(4), None, *m.norm(4), counts(3)),
+    }
+    for op, args in calls.items():
+        with recording() as found:
+            getattr(batch_norm, op)(*args)
+        assert len(found) == 1, op
+
+
+@every_dtype
+@pytest.mark.parametrize("channels", [1, 3, 64, 100, 2048])
+def test_candidates_fit_their_problem(channels, dtype):
+    y = torch.empty(2, channels, 9, 9, dtype=dtype, device="meta")
+    found = batch_norm.candidates(batch_norm.problem("bn_statistics", y))
+    assert len(set(found)) == len(found)
+    assert all(c.rows * c.channels >= 32 * c.warps for c in found)
+
+
+def test_declined():
+    wide = torch.ones(1, 3, device=DEVICE, dtype=torch.float64)
+    args = (counts(3), wide, wide, None, None, 1e-5)
+    assert "not torch.float64" in str(backends.unavailable("bn_finalize", "triton", *args))
+    empty = torch.empty(0, 3, 4, 4, device=DEVICE)
+    assert backends.unavailable("bn_statistics", "triton", empty) == "a tensor is empty"
