@@ -48,8 +48,8 @@ def row(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, str],
                 skip(case, impl, reason)
             recorder.results[case.id] = _measure(request, case, timed=benchmark.enabled)
         result = recorder.results[case.id][impl]
-        if result.exception is not None:
-            raise result.exception
+        if result.failure is not None:
+            pytest.fail(result.failure, pytrace=False)
         if result.unmeasured is not None:
             skip(case, impl, result.unmeasured)
         _fill(benchmark, case, impl, result)
@@ -95,6 +95,11 @@ def _fill(benchmark: Any, case: Case, impl: str, result: Result) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info |= session.machine_info()
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
+    session.settle(machine_info, compared_benchmark["machine_info"])
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +37,7 @@ class FakeBench:
     """Implementations whose results are given; the exact one is 1 everywhere."""
 
     floor = 0.1
+    worst = 0.3
     device_only = True
 
     def __init__(self, **values):
@@ -93,20 +96,28 @@ def test_a_wrong_result_has_no_time():
     results, order = measured(FakeBench(eager=1.0, fused=1.0, compile=1.2), "fused", "compile", "eager")
     assert set(order) == {"fused", "eager"}
     assert results["compile"].samples == ()
-    assert results["compile"].exception is None
+    assert results["compile"].failure is None
     assert results["compile"].unmeasured == "WrongResult: y is off by 2.0e-01 of its norm, 1.0e-01 allowed"
 
 
 def test_a_wrong_fused_result_fails_its_row():
     results, order = measured(FakeBench(eager=1.0, fused=1.5), "fused", "eager")
-    assert isinstance(results["fused"].exception, protocol.WrongResult)
+    assert results["fused"].failure.strip().endswith("WrongResult: y is off by 5.0e-01 of its norm, 1.0e-01 allowed")
     assert set(order) == {"eager"}
 
 
 def test_eagers_own_error_widens_the_bound():
     results, _ = measured(FakeBench(eager=1.2, fused=1.45), "fused")
-    assert results["fused"].exception is None  # 0.45 <= 2 * 0.2 + 0.1
+    assert results["fused"].failure is None  # 0.45 <= 2 * 0.2 + 0.1
     assert results["fused"].error_torch == pytest.approx(0.2)
+
+
+def test_an_eager_sequence_of_something_else_is_no_measure():
+    results, order = measured(FakeBench(eager=1.4, fused=1.0), "fused", "eager")
+    text = "PyTorch's own y is off by 4.0e-01 of its norm, 0.3 allowed"
+    assert text in results["fused"].failure
+    assert results["eager"].unmeasured == f"WrongResult: {text}"
+    assert order == []
 
 
 @pytest.mark.parametrize(
@@ -120,7 +131,7 @@ def test_eagers_own_error_widens_the_bound():
 def test_what_cannot_run_says_why_and_the_others_run(error, reason):
     results, order = measured(FakeBench(eager=1.0, fused=1.0, jax=error), "jax", "fused", "eager")
     assert results["jax"].unmeasured == reason
-    assert results["jax"].exception is None
+    assert results["jax"].failure is None
     assert set(order) == {"fused", "eager"}
 
 
@@ -128,7 +139,25 @@ def test_what_cannot_run_says_why_and_the_others_run(error, reason):
 def test_a_fused_implementation_that_breaks_fails_its_row(impl):
     broken = FakeBench(eager=1.0, **{impl: RuntimeError("misaligned address")})
     results, _ = measured(broken, impl, "eager")
-    assert str(results[impl].exception) == "misaligned address"
+    assert "RuntimeError: misaligned address" in results[impl].failure
+
+
+def test_a_failed_row_keeps_no_tensors():
+    class Breaking(FakeBench):
+        def prepare(self, impl):
+            operand = torch.ones(3)
+            self.seen = weakref.ref(operand)
+            raise ValueError(f"no {impl} of {operand.shape}") from KeyError(operand)
+
+    bench = Breaking()
+    owner = weakref.ref(bench)
+    results, _ = measured(bench, "fused")
+    seen = bench.seen
+    del bench
+    gc.collect()
+    assert owner() is None
+    assert seen() is None
+    assert "in prepare" in results["fused"].failure
 
 
 def test_times_from_another_process_are_taken_as_they_are():
@@ -231,12 +260,12 @@ def test_the_error_of_a_mask_is_the_share_of_wrong_bits():
 @pytest.mark.parametrize("bad", [torch.tensor([1.0, float("nan")]), torch.tensor([1.0]), torch.tensor([1.0, math.inf])])
 def test_nan_and_other_shapes_are_wrong(bad):
     with pytest.raises(verify.Beyond, match="y is off by inf of its norm"):
-        verify.check({"y": bad}, {"y": torch.ones(2, dtype=torch.float64)}, {}, 1.0)
+        verify.check({"y": bad}, {"y": torch.ones(2, dtype=torch.float64)}, {}, 1.0, 1.0)
 
 
 def test_a_result_without_a_known_tensor_is_wrong():
     with pytest.raises(verify.Beyond, match="expected some of y, got z"):
-        verify.check({"z": torch.ones(2)}, {"y": torch.ones(2)}, {}, 1.0)
+        verify.check({"z": torch.ones(2)}, {"y": torch.ones(2)}, {}, 1.0, 1.0)
 
 
 # --- cases of kernels -----------------------------------------------------------------------------------------------
@@ -480,7 +509,9 @@ def test_derived_figures():
         traffic=traffic.Traffic(8_000_000_000, 4_000_000_000_000),
         bound_s=lambda rates: rates.bound_s(8_000_000_000, 4_000_000_000_000),
     )
-    result = protocol.Result((0.01, 0.02, 0.04), error=1e-3, error_torch=2e-3, peak_bytes=3 * 2**20, host_s=1e-4)
+    result = protocol.Result(
+        samples=(0.01, 0.02, 0.04), error=1e-3, error_torch=2e-3, peak_bytes=3 * 2**20, host_s=1e-4
+    )
     row = rows.measured(case, "eager_nchw+graph", result, Rates(4e12, 8e14))
     assert tuple(row) == rows.KEYS
     expected = {
@@ -512,6 +543,22 @@ def test_the_driver_is_asked_once_for_all_fields(monkeypatch):
     assert session._nvidia_smi(("driver_version", "clocks.sm")) == ["580.159.04", "1980 MHz"]
     monkeypatch.setattr(session.subprocess, "run", lambda *args, **options: open("/nowhere/nvidia-smi"))
     assert session._nvidia_smi(("driver_version", "clocks.sm")) == [None, None]
+
+
+def test_runs_of_one_machine_compare_as_equal():
+    now = {
+        "name": "H200",
+        "gpu": {"clocks.sm": "1980 MHz"},
+        "copy_gb_per_s": 4300.0,
+        "matmul_tflop_per_s": {"bf16": 780.0},
+    }
+    then = now | {"gpu": {"clocks.sm": "345 MHz"}, "copy_gb_per_s": 4290.0, "matmul_tflop_per_s": {"bf16": 790.0}}
+    then, other = then | {"cpu": {"hz_actual": 1, "count": 2}}, then | {"cpu": {"hz_actual": 1, "count": 4}}
+    now = now | {"cpu": {"hz_actual": 3, "count": 2}}
+    for compared in (then, other):
+        session.settle(now, compared)
+    assert then == now
+    assert other != now
 
 
 # --- pytest ---------------------------------------------------------------------------------------------------------

@@ -26,6 +26,12 @@ CASES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def reproducible(monkeypatch):
+    """cuDNN's convolutions give the same bits at every run."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def supported(name: str, m, case: ConvCase) -> list[tuple]:
     found = [args for args in samples(name, m, case) if backends.unavailable(name, "triton", *args) is None]
     assert len(found) == len(samples(name, m, case))

@@ -54,25 +54,28 @@ def model_calls(models: list[str], batch: int, size: int, dtype: str) -> list[ca
         build = sample if name == "sample" else getattr(resnet_fused.models, name)
         for train in (True, False):
             found += calls.of_model(build, batch=batch, size=size, dtype=DTYPES[dtype], train=train)
-    return calls.unique([*found, *(part for call in found for part in calls.parts(call))])
+    # Parts first: a kernel is held against the configuration that it was given itself.
+    return calls.unique([*(part for call in found for part in calls.parts(call)), *found])
 
 
 def jobs(found: list[calls.Call], targets: list[int], once: bool) -> Iterator[tuple[compile.Job, dict[str, Any]]]:
     """Every compilation that the calls need, with what it is for; each once."""
-    seen = set()
+    seen: set[Any] = set()
     for call in found:
         if compile.declined(call) is not None:
             continue
         for config in compile.candidates(call) or (None,):
             label = None if config is None else configs.label(config)
             stated = compile.LEAST_KIB if config is None else config.shared
+            if stated == 0:
+                continue  # it only calls other ops, which are among the calls
             for launch in compile.launches(call, config):
                 for target in targets:
                     job = compile.job(launch, target)
-                    key = (job.module, job.kernel, label, target) if once else job.key
+                    keys = {job.key, (job.module, job.kernel, label, target) if once else job.key}
                     offered = config is None or configs.runs_on(config, target, SHARED_KIB[target])
-                    if offered and key not in seen:
-                        seen.add(key)
+                    if offered and not keys & seen:
+                        seen |= keys
                         yield job, {"op": call.op, "config": label, "stated_kib": stated}
 
 

@@ -7,7 +7,7 @@
 #   sanitize   the kernels' tests under compute-sanitizer: memcheck, racecheck, initcheck
 #   tune       resnet_fused/tuning/tables for this GPU, of ResNet-50, 18 and 34
 #   bench      benchmarks/, raw pytest-benchmark JSON
-#   profile    one Bottleneck of a ResNet-50, forward and backward, under ncu
+#   profile    one Bottleneck of a ResNet-50, forward and backward, under ncu; a whole training step under torch's profiler
 #
 # SECONDS ends a stage in time (default 540); what it has by then is kept. PYTHON names the interpreter (default python3);
 # the package is installed into it, without its dependencies.
@@ -72,9 +72,9 @@ bench)
     "$python" -m pytest --benchmark benchmarks --benchmark-budget "$limit" --benchmark-json "$out/benchmark.json" ${ARGS:-} 2>&1 \
         | tee "$out/bench.log" | tail -n 80 ;;
 profile)
-    for mode in train infer; do
-        timeout "$limit" "$python" -m resnet_fused profile resnet50 --block layer1.1 --mode "$mode" --tool ncu --out "$out/profile_$mode" \
-            2>&1 | tee "$out/profile_$mode.log" | tail -n 40
-    done ;;
+    timeout "$limit" "$python" -m resnet_fused profile resnet50 --block layer1.1 --mode train --tool ncu --batch 64 --dtype bf16 \
+        --out "$out/ncu" 2>&1 | tee "$out/ncu.log" | tail -n 60
+    timeout "$limit" "$python" -m resnet_fused profile resnet50 --mode train --tool torch --batch 256 --dtype bf16 \
+        --out "$out/torch" 2>&1 | tee "$out/torch.log" | tail -n 60 ;;
 *) echo "stage: expected test, sanitize, tune, bench or profile, got $stage" >&2; exit 2 ;;
 esac

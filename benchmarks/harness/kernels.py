@@ -234,6 +234,7 @@ class KernelBench:
     op: str
     args: tuple[Any, ...]
     floor: float
+    worst: float = 0.1
     device_only: bool = True
 
     def exact(self) -> dict[str, Tensor]:

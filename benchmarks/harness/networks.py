@@ -44,6 +44,7 @@ EXTERNAL = {"jax": jax_peer.prepare, "onnxruntime": onnx_peer.prepare}
 _MOST_IN_FP64 = 32  # a training step of more images is compared with fp32 (without TF32): fp64 would not fit
 _WARM = 3  # calls before a capture
 _RATE = 1e-9
+_FP16_SCALE = 1024.0  # of the loss, as a GradScaler's
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class ModuleBench:
     x: Tensor  # (N, C, H, W), fp32
     setting: Setting
     device_only: bool = False
+    worst: float = 1.0  # of a deep network's gradient in 16 bits
     few: int = 8  # images whose outputs are compared with fp64 in inference
     floor: float = field(init=False)
     _pool: Any = None  # memory that all graphs of this case share: they never run at the same time
@@ -262,17 +264,17 @@ class NetworkBench(ModuleBench):
 
     def train_step(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
         optimizer = torch.optim.SGD(module.parameters(), lr=_RATE, momentum=0.9, weight_decay=1e-4, fused=True)
-        amp = autocast(self.device, dtype)
+        amp, scale = autocast(self.device, dtype), _FP16_SCALE if dtype == torch.float16 else 1.0
 
         def train() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
             with amp:
                 loss = F.cross_entropy(module(x), self.labels)
-            loss.backward()
+            (loss * scale).backward()
             optimizer.step()
             return loss.detach()
 
-        return train, lambda loss: {"loss": loss, "gradient": _flat(p.grad for p in module.parameters())}
+        return train, lambda loss: {"loss": loss, "gradient": _flat(p.grad for p in module.parameters()) / scale}
 
 
 class BlockBench(ModuleBench):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -54,6 +55,7 @@ class Bench(Protocol):
     """The operands of a case on a device."""
 
     floor: float  # see verify.check
+    worst: float  # likewise
     device_only: bool  # whether the host's time is left out
 
     def exact(self) -> dict[str, Tensor]:
@@ -89,9 +91,9 @@ class Case(Protocol):
 class Result:
     """What one implementation gave in one case."""
 
+    unmeasured: str | None = None  # why it has no time
+    failure: str | None = None  # the traceback: the fused implementation must run and be right, else its row fails
     samples: tuple[float, ...] = ()  # seconds; empty if it was not timed
-    unmeasured: str | None = None  # why not
-    exception: Exception | None = None  # the fused implementation must run and be right: it fails its row
     error: float | None = None  # relative, against fp64
     error_torch: float | None = None
     peak_bytes: int | None = None
@@ -173,7 +175,7 @@ class _Judge:
         if impl == "eager":
             self._known["eager"] = found
         try:
-            return verify.check(found, self._exact(), self._eager(), self.bench.floor)
+            return verify.check(found, self._exact(), self._eager(), self.bench.floor, self.bench.worst)
         except verify.Beyond as error:
             raise WrongResult(str(error)) from None
 
@@ -191,9 +193,9 @@ def _verified(bench: Bench, impl: str, judge: _Judge) -> tuple[Prepared | None, 
     except Unavailable as error:
         return None, Result(unmeasured=str(error))
     except Exception as error:
-        if impl.removesuffix(GRAPH) == FUSED:
-            return None, Result(unmeasured=first_line(error), exception=error)
-        return None, Result(unmeasured=first_line(error))
+        # As text: the frames of a traceback would keep the operands on the device.
+        fails = impl.removesuffix(GRAPH) == FUSED
+        return None, Result(first_line(error), "".join(traceback.format_exception(error)) if fails else None)
 
 
 def first_line(error: Exception) -> str:

@@ -18,6 +18,9 @@ DEVICE = machine.device("auto")
 PEERS = ("triton", "torchvision", "jax", "flax", "onnxruntime", "nvidia-cudnn-frontend")
 
 
+_MEASURED = ("copy_gb_per_s", "matmul_tflop_per_s", "gpu")  # of machine_info: other figures in every run
+
+
 class Tape:
     """Hands durations that were measured elsewhere to pytest-benchmark, as its timer."""
 
@@ -73,6 +76,13 @@ def machine_info() -> dict[str, Any]:
         "copy_gb_per_s": ceilings.copy_rate(DEVICE) / 1e9,
         "matmul_tflop_per_s": {name: ceilings.matmul_rate(DEVICE, dtype) / 1e12 for dtype, name in dtypes.items()},
     }
+
+
+def settle(machine_info: dict[str, Any], compared: dict[str, Any]) -> None:
+    """Give ``compared``, an earlier run's, the figures that differ every time: only another machine is told of."""
+    compared |= {key: machine_info[key] for key in _MEASURED}
+    if isinstance(compared.get("cpu"), dict):
+        compared["cpu"] |= {key: value for key, value in machine_info["cpu"].items() if key.startswith("hz_actual")}
 
 
 def _version(package: str) -> str:

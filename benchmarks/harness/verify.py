@@ -18,18 +18,21 @@ class Beyond(Exception):
 
 
 def check(
-    found: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor], floor: float
+    found: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor], floor: float, worst: float
 ) -> tuple[float, float]:
     """The greatest error of ``found``, and of ``eager`` over the tensors that it has too.
 
     Raises:
-        Beyond: a tensor is missing, has another shape, or its error is more than twice eager's plus ``floor``.
+        Beyond: a tensor is missing, has another shape, or its error is more than twice eager's plus ``floor``; or
+            eager's own is more than ``worst``, so that it must have computed something else.
     """
     errors, theirs = {}, {}
     for name in found.keys() & exact.keys():
         errors[name] = relative(found[name], exact[name])
         if name in eager:
             theirs[name] = relative(eager[name], exact[name])
+            if not theirs[name] <= worst:
+                raise Beyond(f"PyTorch's own {name} is off by {theirs[name]:.1e} of its norm, {worst:g} allowed")
         allowed = FACTOR * theirs.get(name, 0.0) + floor
         if not errors[name] <= allowed:
             raise Beyond(f"{name} is off by {errors[name]:.1e} of its norm, {allowed:.1e} allowed")

@@ -24,8 +24,12 @@ def within(index, size, ALL: tl.constexpr):
 
 @triton.jit
 def load_vector(pointer, channels, channels_there):
-    """A tile's part of a per-channel vector."""
-    return tl.load(pointer + channels, mask=channels_there, other=0.0)
+    """A tile's part of a per-channel vector; None of None."""
+    if pointer is None:
+        values = None
+    else:
+        values = tl.load(pointer + channels, mask=channels_there, other=0.0)
+    return values
 
 
 @triton.jit
@@ -46,23 +50,24 @@ def fetch_tile(matrix, rows, first_row, channels, first, C, rows_there, channels
 
 
 @triton.jit
-def load_bits(pointer, rows, first, C, rows_there, ALL: tl.constexpr, CHANNELS: tl.constexpr):
-    """A tile of a packed mask as booleans: CHANNELS channels from ``first`` on (multiples of 8, as C is)."""
-    byte = first // 8 + tl.arange(0, CHANNELS // 8)
-    there = rows_there[:, None] & within(byte, C // 8, ALL)[None, :]
-    packed = tl.load(pointer + rows[:, None] * (C // 8) + byte[None, :], mask=there, other=0)
-    each = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
-    return tl.reshape(each, (packed.shape[0], CHANNELS)) != 0
+def load_mask(sign, rows, first, C, rows_there, CHANNELS: tl.constexpr, ALL: tl.constexpr):
+    """Where a ReLU let values through: from its packed mask in bytes or int32 words, or from its output's sign.
 
-
-@triton.jit
-def load_passed(sign, rows, channels, first, C, rows_there, channels_there, BITS: tl.constexpr, ALL: tl.constexpr,
-                CHANNELS: tl.constexpr):  # fmt: skip
-    """Where a ReLU let values through: from its packed mask (BITS), or from the sign of its output."""
-    if BITS:
-        passed = load_bits(sign, rows, first, C, rows_there, ALL, CHANNELS)
+    CHANNELS channels from ``first`` on. Words are loaded as the other tiles are, ahead of their use; bytes are too
+    small for that. None of None.
+    """
+    if sign is None:
+        passed = None
+    elif sign.dtype.element_ty.is_int():
+        BITS: tl.constexpr = sign.dtype.element_ty.primitive_bitwidth
+        word = first // BITS + tl.arange(0, CHANNELS // BITS)
+        words = load_tile(sign, rows, word, C // BITS, rows_there, within(word, C // BITS, ALL))
+        each = (words[:, :, None] >> tl.arange(0, BITS)[None, None, :].to(words.dtype)) & 1
+        passed = tl.reshape(each, (rows.shape[0], CHANNELS)) != 0
     else:
-        passed = ~(load_tile(sign, rows, channels, C, rows_there, channels_there).to(tl.float32) <= 0)
+        channels = first + tl.arange(0, CHANNELS)
+        values = load_tile(sign, rows, channels, C, rows_there, within(channels, C, ALL))
+        passed = (values <= 0) == 0
     return passed
 
 

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from resnet_fused.kernels._launch import multiprocessors
+from resnet_fused.kernels._launch import multiprocessors, rows
 from resnet_fused.tuning import ProductConfig
 
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -73,6 +73,15 @@ def describable(config: ProductConfig, *matrices: Tensor | None) -> bool:
     return config.descriptors and all(
         m is None or (m.shape[1] * m.dtype.itemsize % 16 == 0 and m.data_ptr() % 16 == 0) for m in matrices
     )
+
+
+def mask_words(sign: Tensor | None, channels: int, tile: int) -> Tensor | None:
+    """A mask as kernels read it, ``tile`` channels at once: bits in words of 32 where these fit, values as (M, C)."""
+    if sign is None or not is_bits(sign):
+        return None if sign is None else rows(sign)
+    sign = sign.contiguous()
+    whole = channels % 32 == 0 and tile % 32 == 0 and sign.storage_offset() % 4 == 0
+    return sign.view(torch.int32) if whole else sign
 
 
 def empty_activation(like: Tensor, channels: int, p: int, q: int) -> Tensor:

@@ -123,7 +123,8 @@ def candidates(problem: Problem) -> tuple[RowsConfig, ...]:
             programs = max(1, min(128 // (warps * accesses * streams), 32 // warps))
         return RowsConfig(tile, channels, warps, programs)
 
-    many = max(1, min(4, power_of_2(8 // streams + 1) // 2))
+    # Four accesses of each of several tensors take more registers than ptxas is willing to give: it spills some.
+    many = max(1, min(4 if streams == 1 else 2, power_of_2(8 // streams + 1) // 2))
     few = max(1, many // 2)
     found: tuple[RowsConfig, ...]
     if problem.images_apart:

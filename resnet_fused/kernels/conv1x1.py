@@ -120,7 +120,7 @@ def conv1x1_wgrad(*args: Any) -> Tensor:
     chosen, _ = _choose("conv1x1_wgrad", *args)
     if not isinstance(chosen, ProductConfig):
         return materialised.wgrad(*args)
-    return weight_gradient.wgrad(*args)
+    return weight_gradient.wgrad(chosen, *args)
 
 
 def conv1x1_bprop(*args: Any) -> tuple[Tensor, ...]:
@@ -129,7 +129,7 @@ def conv1x1_bprop(*args: Any) -> tuple[Tensor, ...]:
     if isinstance(chosen, Materialised):
         return materialised.bprop(*args)
     if isinstance(chosen, ProductConfig) and narrow_bprop.narrow(found, args[0].device):
-        return narrow_bprop.bprop_narrow(*args)
+        return narrow_bprop.bprop_narrow(chosen, found, *args)
     *operands, stride, dilation, groups, dtype = args
     dx = conv1x1_dgrad(*operands, stride, dilation, groups)
     return (*dx, conv1x1_wgrad(*operands[:11], stride, dilation, groups, dtype))
@@ -138,7 +138,7 @@ def conv1x1_bprop(*args: Any) -> tuple[Tensor, ...]:
 # --- what the kernels decline -----------------------------------------------------------------------------------------
 
 
-def _product_unsupported(weight: Tensor, stride: int) -> str | None:
+def _product_unsupported(weight: Tensor, stride: int = 1) -> str | None:
     if weight.dtype == torch.bfloat16 and config.triton_interprets():
         return "Triton's interpreter multiplies bfloat16 wrongly"
     return None if stride <= 2 else f"the kernel is written for strides 1 and 2, not {stride}"
@@ -160,9 +160,9 @@ def _infer_unsupported(x, scale, shift, slope, weight, bias, residual, stride, *
     return unsupported(*tensors) or _product_unsupported(weight, stride)
 
 
-def _wgrad_unsupported(dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride, *rest) -> str | None:
+def _wgrad_unsupported(dz, sign, y, a, b, c, weight, x, scale, shift, slope, *rest) -> str | None:
     tensors = (dz, sign, y, a, b, c, weight, x, scale, shift, slope)
-    return unsupported(*tensors) or _product_unsupported(weight, stride) or _bits_unsupported((sign, dz))
+    return unsupported(*tensors) or _product_unsupported(weight) or _bits_unsupported((sign, dz))
 
 
 def _dgrad_unsupported(

@@ -10,18 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused import tuning
 from resnet_fused.kernels._device import arrives_last, sum_partials
 from resnet_fused.kernels._launch import cdiv, counters, is_wide, launch, multiprocessors, rows, vector
-from resnet_fused.kernels._operands import load_tile, read_gradient, within
-from resnet_fused.kernels._product import SHORT
+from resnet_fused.kernels._operands import load_mask, load_tile, load_vector, read_gradient, within
+from resnet_fused.kernels._product import SHORT, mask_words
 from resnet_fused.kernels.conv1x1_wgrad import (
     empty_weight,
     load_columns,
-    load_mask,
-    mask_words,
     merge,
-    optional_vector,
     read_columns,
 )
 from resnet_fused.tuning import ProductConfig
@@ -60,14 +56,14 @@ def bprop_kernel(
     program = tl.program_id(0)
     k, n = tl.arange(0, BK), tl.arange(0, BC)
     k_there, n_there = within(k, K, EVEN_K), within(n, C, EVEN_C)
-    own_a = optional_vector(a, k, k_there)
-    own_b = optional_vector(b, k, k_there)
-    own_c = optional_vector(c, k, k_there)
-    own_slope = optional_vector(slope, n, n_there)
-    own_scale = optional_vector(scale, n, n_there)
-    own_shift = optional_vector(shift, n, n_there)
-    own_mean = optional_vector(mean, n, n_there)
-    own_rstd = optional_vector(rstd, n, n_there)
+    own_a = load_vector(a, k, k_there)
+    own_b = load_vector(b, k, k_there)
+    own_c = load_vector(c, k, k_there)
+    own_slope = load_vector(slope, n, n_there)
+    own_scale = load_vector(scale, n, n_there)
+    own_shift = load_vector(shift, n, n_there)
+    own_mean = load_vector(mean, n, n_there)
+    own_rstd = load_vector(rstd, n, n_there)
     w = load_tile(weight, k, n, C, k_there, n_there)
     dw = tl.zeros((BC, BK), tl.float32)
     sum_beta = tl.zeros((FOLDED, BC), tl.float32)
@@ -151,7 +147,7 @@ def problem(
     dz, sign, y, a, b, c, weight, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale,
     stride, dilation, groups, dtype,
 ) -> Problem:  # fmt: skip
-    """The key of :func:`candidates` and :func:`narrow` for the arguments of :func:`bprop_narrow`."""
+    """The key of :func:`candidates` and :func:`narrow` for the op's arguments."""
 
     def form(sign: Tensor | None, without: str) -> str:
         return without if sign is None else "bits" if sign.dtype == torch.uint8 else "values"
@@ -196,16 +192,10 @@ def candidates(problem: Problem) -> tuple[ProductConfig, ...]:
 
 
 def bprop_narrow(
-    dz, sign, y, a, b, c, weight, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale: float,
-    stride, dilation, groups, dtype,
+    config: ProductConfig, key: Problem, dz, sign, y, a, b, c, weight, x, scale, shift, slope, mean, rstd,
+    skip, skip_sign, skip_scale: float, stride, dilation, groups, dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``(dx, dbeta, dgamma, dslope, dw)``: the op ``conv1x1_bprop`` where :func:`narrow` holds."""
-    key = problem(
-        dz, sign, y, a, b, c, weight, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale,
-        stride, dilation, groups, dtype,
-    )  # fmt: skip
-    config = tuning.choose("conv1x1_bprop", key, dz.device, candidates)
-    assert isinstance(config, ProductConfig)
+    """``(dx, dbeta, dgamma, dslope, dw)``: the op ``conv1x1_bprop`` where :func:`narrow` holds for ``key``."""
     m, k, channels, device = key.rows, key.k, key.c, dz.device
     bk, bc = _padded(k), _padded(channels)
     programs = min(multiprocessors(device) * config.programs, cdiv(m, config.k))
@@ -220,10 +210,11 @@ def bprop_narrow(
     summed = mean is not None or slope is not None
     launch(
         bprop_kernel, (programs,), warps=config.warps, stages=config.stages,
-        dz=rows(dz), sign=mask_words(sign, k), y=None if y is None else rows(y), a=vector(a), b=vector(b), c=vector(c),
+        dz=rows(dz), sign=mask_words(sign, k, bk), y=None if y is None else rows(y),
+        a=vector(a), b=vector(b), c=vector(c),
         weight=weight.flatten(1).contiguous(), x=rows(x), scale=vector(scale), shift=vector(shift), slope=vector(slope),
         mean=vector(mean), rstd=vector(rstd), skip=None if skip is None else rows(skip),
-        skip_sign=mask_words(skip_sign, channels), dx=rows(dx), part_dw=part_dw,
+        skip_sign=mask_words(skip_sign, channels, bc), dx=rows(dx), part_dw=part_dw,
         part_sums=torch.empty((3, programs, channels), dtype=torch.float32, device=device) if summed else None,
         arrivals=counters(device, 1) if summed else None, dbeta=found[0], dgamma=found[1], dslope=found[2],
         M=m, K=k, C=channels, programs=programs, skip_scale=float(skip_scale),

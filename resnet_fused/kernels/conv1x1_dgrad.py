@@ -9,14 +9,14 @@ from torch import Tensor
 
 from resnet_fused.kernels._device import arrives_last, fold_rows, sum_partials
 from resnet_fused.kernels._launch import cdiv, counters, is_wide, launch, rows, vector
-from resnet_fused.kernels._operands import fetch_tile, load_passed, load_tile, load_vector, read_gradient, within
+from resnet_fused.kernels._operands import fetch_tile, load_mask, load_tile, load_vector, read_gradient, within
 from resnet_fused.kernels._product import (
     Product,
     describable,
     described,
     empty_activation,
     fit,
-    is_bits,
+    mask_words,
     matrix,
     precision,
     row_groups,
@@ -28,13 +28,13 @@ from resnet_fused.tuning import ProductConfig
 @triton.jit
 def through_input(
     v, row, m_there, c, first, c_there, x, scale, shift, slope, mean, skip, skip_sign, skip_scale, dx,
-    dbeta, dgamma, dslope, N, SKIP_BITS: tl.constexpr, SUMS: tl.constexpr, EVEN_N: tl.constexpr,
+    dbeta, dgamma, dslope, N, SUMS: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """Add the skip gradient to ``v``, take it back through the input's activation, store it, add to the sums."""
     if skip is not None:
         more = load_tile(skip, row, c, N, m_there, c_there).to(tl.float32)
         if skip_sign is not None:
-            passed = load_passed(skip_sign, row, c, first, N, m_there, c_there, SKIP_BITS, EVEN_N, v.shape[1])
+            passed = load_mask(skip_sign, row, first, N, m_there, v.shape[1], EVEN_N)
             more = tl.where(passed, more, 0.0)
         v += more * skip_scale
     if scale is not None:
@@ -61,7 +61,7 @@ def through_input(
 def _finish(
     acc, tile, c, first, c_there, x, scale, shift, slope, mean, skip, skip_sign, skip_scale, dx,
     dbeta, dgamma, dslope, M, N, P, Q, H, W,
-    STRIDE: tl.constexpr, SKIP_BITS: tl.constexpr, SUMS: tl.constexpr,
+    STRIDE: tl.constexpr, SUMS: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The epilogue for every input pixel of the tile's output pixels: one, or STRIDE * STRIDE of which one was read."""
@@ -71,7 +71,7 @@ def _finish(
         row = m.to(tl.int64) if WIDE else m
         dbeta, dgamma, dslope = through_input(
             acc, row, m_there, c, first, c_there, x, scale, shift, slope, mean, skip, skip_sign, skip_scale, dx,
-            dbeta, dgamma, dslope, N, SKIP_BITS, SUMS, EVEN_N,
+            dbeta, dgamma, dslope, N, SUMS, EVEN_N,
         )  # fmt: skip
     else:
         image, pixel = m // (P * Q), m % (P * Q)
@@ -83,7 +83,7 @@ def _finish(
                 v = acc if i + j == 0 else tl.zeros_like(acc)
                 dbeta, dgamma, dslope = through_input(
                     v, row, (m < M) & (h < H) & (w < W), c, first, c_there, x, scale, shift, slope, mean, skip,
-                    skip_sign, skip_scale, dx, dbeta, dgamma, dslope, N, SKIP_BITS, SUMS, EVEN_N,
+                    skip_sign, skip_scale, dx, dbeta, dgamma, dslope, N, SUMS, EVEN_N,
                 )  # fmt: skip
     return dbeta, dgamma, dslope
 
@@ -93,7 +93,7 @@ def dgrad_kernel(
     dz, sign, y, a, b, c0, weight, x, scale, shift, slope, mean, rstd, skip, skip_sign, skip_scale, dx,
     part_dbeta, part_dgamma, part_dslope, arrivals, dbeta, dgamma, dslope,
     M, K, N, programs, P, Q, H, W,
-    STRIDE: tl.constexpr, BITS: tl.constexpr, SKIP_BITS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
     ONE_STEP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -101,8 +101,8 @@ def dgrad_kernel(
     """``dx[row(m), n] = act'(sum_k dy[m, k] * weight[k, n] + skip_scale * skip'[row(m), n])``.
 
     ``dy = a * dz' + b * y + c0``. dz, y: (M, K), M = images * P * Q. weight: (K, N). x, skip, dx: (images*H*W, N).
-    sign, skip_sign: packed bits (BITS), else values of the ReLU's output, of their gradient's shape. ``act'`` of a
-    deferred input: where ``!(x * scale + shift <= 0)``. With SUMS the sums of the rounded dx and of
+    sign, skip_sign: packed, (M, channels / 8) uint8 or (M, channels / 32) int32, else values of the ReLU's output.
+    ``act'`` of a deferred input: where ``!(x * scale + shift <= 0)``. With SUMS the sums of the rounded dx and of
     ``dx * (x - mean) * rstd`` go to dbeta and dgamma (N,); with a slope those of ``v * z`` over the values not above 0
     to dslope.
 
@@ -120,10 +120,10 @@ def dgrad_kernel(
         N = N // BN * BN
     n = column * BN + tl.arange(0, BN)
     n_there = within(n, N, EVEN_N)
-    scales = None if scale is None else load_vector(scale, n, n_there)
-    shifts = None if scale is None else load_vector(shift, n, n_there)
-    slopes = None if slope is None else load_vector(slope, n, n_there)
-    means = None if mean is None else load_vector(mean, n, n_there)
+    scales = load_vector(scale, n, n_there)
+    shifts = load_vector(shift, n, n_there)
+    slopes = load_vector(slope, n, n_there)
+    means = load_vector(mean, n, n_there)
     sum_dz = tl.zeros((GROUPS, BN), tl.float32)
     sum_dzx = tl.zeros((GROUPS, BN), tl.float32)
     sum_lost = tl.zeros((GROUPS, BN), tl.float32)
@@ -132,16 +132,16 @@ def dgrad_kernel(
     if ONE_STEP:
         k = tl.arange(0, BK)
         k_there = within(k, K, EVEN_K)
-        va = None if a is None else load_vector(a, k, k_there)
-        vb = None if b is None else load_vector(b, k, k_there)
-        vc = None if b is None else load_vector(c0, k, k_there)
+        va = load_vector(a, k, k_there)
+        vb = load_vector(b, k, k_there)
+        vc = load_vector(c0, k, k_there)
         w = fetch_tile(weight, k, 0, n, column * BN, N, k_there, n_there, DESCRIPTORS)
         for tile in tl.range(program, tiles, programs, num_stages=STAGES):
             m = tile * BM + tl.arange(0, BM)
             m_there = within(m, M, EVEN_M)
             row = m.to(tl.int64) if WIDE else m
             g = fetch_tile(dz, row, tile * BM, k, 0, K, m_there, k_there, DESCRIPTORS)
-            passed = None if sign is None else load_passed(sign, row, k, 0, K, m_there, k_there, BITS, EVEN_K, BK)
+            passed = load_mask(sign, row, 0, K, m_there, BK, EVEN_K)
             values = None
             if y is not None:
                 values = fetch_tile(y, row, tile * BM, k, 0, K, m_there, k_there, DESCRIPTORS)
@@ -149,7 +149,7 @@ def dgrad_kernel(
             acc = tl.dot(dy, w, input_precision=PRECISION)
             sum_dz, sum_dzx, sum_lost = _finish(
                 acc, tile, n, column * BN, n_there, x, scales, shifts, slopes, means, skip, skip_sign, skip_scale, dx,
-                sum_dz, sum_dzx, sum_lost, M, N, P, Q, H, W, STRIDE, SKIP_BITS, SUMS, EVEN_M, EVEN_N, WIDE,
+                sum_dz, sum_dzx, sum_lost, M, N, P, Q, H, W, STRIDE, SUMS, EVEN_M, EVEN_N, WIDE,
             )  # fmt: skip
     else:
         steps = tl.cdiv(K, BK)
@@ -167,23 +167,21 @@ def dgrad_kernel(
             k = step * BK + tl.arange(0, BK)
             k_there = within(k, K, EVEN_K)
             g = fetch_tile(dz, row, tile * BM, k, step * BK, K, m_there, k_there, DESCRIPTORS)
-            passed = None
-            if sign is not None:
-                passed = load_passed(sign, row, k, step * BK, K, m_there, k_there, BITS, EVEN_K, BK)
+            passed = load_mask(sign, row, step * BK, K, m_there, BK, EVEN_K)
             values = None
             if y is not None:
                 values = fetch_tile(y, row, tile * BM, k, step * BK, K, m_there, k_there, DESCRIPTORS)
             w = fetch_tile(weight, k, step * BK, n, column * BN, N, k_there, n_there, DESCRIPTORS)
-            va = None if a is None else load_vector(a, k, k_there)
-            vb = None if b is None else load_vector(b, k, k_there)
-            vc = None if b is None else load_vector(c0, k, k_there)
+            va = load_vector(a, k, k_there)
+            vb = load_vector(b, k, k_there)
+            vc = load_vector(c0, k, k_there)
             dy = read_gradient(g, passed, values, va, vb, vc, w.dtype)
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)
             if step == steps - 1:
                 sum_dz, sum_dzx, sum_lost = _finish(
                     acc, tile, n, column * BN, n_there, x, scales, shifts, slopes, means, skip, skip_sign, skip_scale,
                     dx, sum_dz, sum_dzx, sum_lost, M, N, P, Q, H, W,
-                    STRIDE, SKIP_BITS, SUMS, EVEN_M, EVEN_N, WIDE,
+                    STRIDE, SUMS, EVEN_M, EVEN_N, WIDE,
                 )  # fmt: skip
                 acc = tl.zeros((BM, BN), tl.float32)
 
@@ -201,10 +199,6 @@ def dgrad_kernel(
                 tl.store(dgamma + n, total * load_vector(rstd, n, n_there), mask=n_there)
             if slope is not None:
                 tl.store(dslope + n, sum_partials(part_dslope, programs, N, n, n < N, 16), mask=n_there)
-
-
-def _mask(sign: Tensor | None) -> Tensor | None:
-    return sign if sign is None or is_bits(sign) else rows(sign)
 
 
 def dgrad(
@@ -235,7 +229,7 @@ def dgrad(
         warps=config.warps,
         stages=config.stages,
         dz=dz_rows,
-        sign=_mask(sign),
+        sign=mask_words(sign, k, bk),
         y=y_rows,
         a=vector(a),
         b=vector(b),
@@ -248,7 +242,7 @@ def dgrad(
         mean=vector(mean),
         rstd=vector(rstd),
         skip=None if skip is None else rows(skip),
-        skip_sign=_mask(skip_sign) if skip is not None else None,
+        skip_sign=mask_words(skip_sign, columns, bn) if skip is not None else None,
         skip_scale=float(skip_scale),
         dx=rows(dx),
         part_dbeta=parts[0], part_dgamma=parts[1], part_dslope=parts[2],
@@ -257,7 +251,7 @@ def dgrad(
         dgamma=sums[1] if mean is not None else None,
         dslope=sums[2] if slope is not None else None,
         M=m, K=k, N=columns, programs=programs, P=p, Q=q, H=h, W=w,
-        STRIDE=stride, BITS=is_bits(sign), SKIP_BITS=is_bits(skip_sign), SUMS=mean is not None,
+        STRIDE=stride,   SUMS=mean is not None,
         PRECISION=precision(weight.dtype),
         BM=bm, BN=bn, BK=bk, GROUPS=row_groups(config.warps, bm, bn, x.dtype), STAGES=config.stages, ONE_STEP=bk >= k,
         EVEN_M=m % bm == 0, EVEN_N=columns % bn == 0, EVEN_K=k % bk == 0, WIDE=is_wide(x, dz), DESCRIPTORS=descriptors,

@@ -79,8 +79,8 @@ def fprop_kernel(
         K = K // BK * BK  # tells the compiler how rows are aligned
     c = column * BN + tl.arange(0, BN)
     c_there = within(c, N, EVEN_N)
-    biases = None if bias is None else load_vector(bias, c, c_there)
-    slopes = None if out_slope is None else load_vector(out_slope, c, c_there)
+    biases = load_vector(bias, c, c_there)
+    slopes = load_vector(out_slope, c, c_there)
     own_mean = tl.zeros((WARPS, 8, BN), tl.float32)
     own_m2 = tl.zeros((WARPS, 8, BN), tl.float32)
     seen = tl.zeros((WARPS, 8, 1), tl.float32)
@@ -89,9 +89,9 @@ def fprop_kernel(
     if ONE_STEP:
         k = tl.arange(0, BK)
         k_there = within(k, K, EVEN_K)
-        scales = None if scale is None else load_vector(scale, k, k_there)
-        shifts = None if scale is None else load_vector(shift, k, k_there)
-        in_slopes = None if slope is None else load_vector(slope, k, k_there)
+        scales = load_vector(scale, k, k_there)
+        shifts = load_vector(shift, k, k_there)
+        in_slopes = load_vector(slope, k, k_there)
         w = fetch_tile(weight, c, column * BN, k, 0, K, c_there, k_there, DESCRIPTORS)
         for tile in tl.range(program, tiles, programs, num_stages=STAGES):
             m = tile * BM + tl.arange(0, BM)
@@ -121,9 +121,9 @@ def fprop_kernel(
             k_there = within(k, K, EVEN_K)
             a = fetch_tile(x, row, tile * BM, k, step * BK, K, within(m, M, EVEN_M), k_there, DESCRIPTORS)
             w = fetch_tile(weight, c, column * BN, k, step * BK, K, c_there, k_there, DESCRIPTORS)
-            scales = None if scale is None else load_vector(scale, k, k_there)
-            shifts = None if scale is None else load_vector(shift, k, k_there)
-            in_slopes = None if slope is None else load_vector(slope, k, k_there)
+            scales = load_vector(scale, k, k_there)
+            shifts = load_vector(shift, k, k_there)
+            in_slopes = load_vector(slope, k, k_there)
             a = read_input(a, scales, shifts, in_slopes)
             acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
             if step == steps - 1:

@@ -10,44 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused import tuning
 from resnet_fused.kernels._device import prelu, relu
-from resnet_fused.kernels._launch import cdiv, is_wide, launch, multiprocessors, rows, unsupported, vector
-from resnet_fused.kernels._operands import input_rows, load_tile, load_vector, read_gradient, within
-from resnet_fused.kernels._product import SHORT, precision
+from resnet_fused.kernels._launch import cdiv, is_wide, launch, multiprocessors, rows, vector
+from resnet_fused.kernels._operands import input_rows, load_mask, load_tile, load_vector, read_gradient, within
+from resnet_fused.kernels._product import SHORT, mask_words, precision
 from resnet_fused.tuning import ProductConfig
-
-
-@triton.jit
-def optional_vector(pointer, channels, channels_there):
-    """A tile's part of a per-channel vector; None of None."""
-    if pointer is None:
-        values = None
-    else:
-        values = load_vector(pointer, channels, channels_there)
-    return values
-
-
-@triton.jit
-def load_mask(sign, rows, first, C, rows_there, CHANNELS: tl.constexpr, ALL: tl.constexpr):
-    """Where a ReLU let values through: from its packed mask in bytes or int32 words, or from its output's sign.
-
-    CHANNELS channels from ``first`` on. Words are loaded as the other tiles are, ahead of their use; bytes are too
-    small for that. None of None.
-    """
-    if sign is None:
-        passed = None
-    elif sign.dtype.element_ty.is_int():
-        BITS: tl.constexpr = sign.dtype.element_ty.primitive_bitwidth
-        word = first // BITS + tl.arange(0, CHANNELS // BITS)
-        words = load_tile(sign, rows, word, C // BITS, rows_there, within(word, C // BITS, ALL))
-        each = (words[:, :, None] >> tl.arange(0, BITS)[None, None, :].to(words.dtype)) & 1
-        passed = tl.reshape(each, (rows.shape[0], CHANNELS)) != 0
-    else:
-        channels = first + tl.arange(0, CHANNELS)
-        values = load_tile(sign, rows, channels, C, rows_there, within(channels, C, ALL))
-        passed = (values <= 0) == 0
-    return passed
 
 
 @triton.jit
@@ -101,12 +68,12 @@ def wgrad_kernel(
     k = first + tl.arange(0, BK)
     n = tile % tiles_c * BC + tl.arange(0, BC)
     k_there, n_there = within(k, K, EVEN_K), within(n, C, EVEN_C)
-    own_a = optional_vector(a, k, k_there)
-    own_b = optional_vector(b, k, k_there)
-    own_c = optional_vector(c, k, k_there)
-    own_slope = optional_vector(slope, n, n_there)
-    own_scale = optional_vector(scale, n, n_there)
-    own_shift = optional_vector(shift, n, n_there)
+    own_a = load_vector(a, k, k_there)
+    own_b = load_vector(b, k, k_there)
+    own_c = load_vector(c, k, k_there)
+    own_slope = load_vector(slope, n, n_there)
+    own_scale = load_vector(scale, n, n_there)
+    own_shift = load_vector(shift, n, n_there)
     acc = tl.zeros((BC, BK), tl.float32)
     for step in range(split, tl.cdiv(M, BM), splits):
         m = step * BM + tl.arange(0, BM)
@@ -215,16 +182,6 @@ def candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     return tuple(sized(config) for config in sorted(fitting, key=traffic)[:8])
 
 
-def mask_words(sign: Tensor | None, k: int) -> Tensor | None:
-    """The mask as the kernels read it: packed bits in words of 32 where rows are whole words, values as (M, K)."""
-    if sign is None:
-        return None
-    if sign.dtype != torch.uint8:
-        return rows(sign)
-    sign = sign.contiguous()
-    return sign.view(torch.int32) if k % 32 == 0 and sign.storage_offset() % 4 == 0 else sign
-
-
 def empty_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for the weight's gradient, in the weight's memory format; for 1x1 both are a (K, C) matrix."""
     memory_format = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
@@ -240,11 +197,10 @@ def merge(part: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def wgrad(dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride, dilation, groups, dtype) -> Tensor:
+def wgrad(
+    config: ProductConfig, dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride, dilation, groups, dtype
+) -> Tensor:
     """Gradient of the weight in ``dtype``: the op ``conv1x1_wgrad``."""
-    args = (dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride, dilation, groups, dtype)
-    config = tuning.choose("conv1x1_wgrad", problem(*args), dz.device, candidates)
-    assert isinstance(config, ProductConfig)
     k, channels = weight.shape[:2]
     m = dz.numel() // k
     bk, bc = (min(tile, max(16, triton.next_power_of_2(n))) for tile, n in ((config.m, k), (config.n, channels)))
@@ -255,7 +211,8 @@ def wgrad(dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride, dilation
     part = dw if splits == 1 else torch.empty((splits, k * channels), dtype=torch.float32, device=dz.device)
     launch(
         wgrad_kernel, (tiles * splits,), warps=config.warps, stages=config.stages,
-        dz=rows(dz), sign=mask_words(sign, k), y=None if y is None else rows(y), a=vector(a), b=vector(b), c=vector(c),
+        dz=rows(dz), sign=mask_words(sign, k, bk), y=None if y is None else rows(y),
+        a=vector(a), b=vector(b), c=vector(c),
         x=rows(x), scale=vector(scale), shift=vector(shift), slope=vector(slope), out=part,
         M=m, K=k, C=channels, splits=splits, P=dz.shape[2], Q=dz.shape[3], H=x.shape[2], W=x.shape[3],
         DTYPE=getattr(tl, str(weight.dtype).removeprefix("torch.")), STRIDE=stride, PRECISION=precision(weight.dtype),
@@ -265,11 +222,3 @@ def wgrad(dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride, dilation
     if splits > 1:
         merge(part, dw)
     return dw
-
-
-def wgrad_unsupported(dz, sign, y, a, b, c, weight, x, scale, shift, slope, *rest) -> str | None:
-    """Why :func:`wgrad` does not take these arguments; None if it does."""
-    reason = unsupported(dz, sign, y, a, b, c, weight, x, scale, shift, slope)
-    if reason is None and sign is not None and sign.dtype == torch.uint8 and weight.shape[0] % 8 != 0:
-        reason = f"a packed mask is read by whole bytes, and {weight.shape[0]} channels are not a multiple of 8"
-    return reason
