@@ -91,7 +91,7 @@ def test_strided(dtype, stride):
 def test_both_gradients(case, chosen, dtype):
     given = [args for args in samples(BPROP, maker(dtype), case) if runnable(BPROP, args)]
     for args in given[::2] if config.triton_interprets() else given:
-        assert bprop.narrow(bprop.problem(*args), args[0].device)
+        assert bprop.narrow(bprop.problem(*args))
         check(BPROP, args, None if chosen is None else ProductConfig(64, 32, chosen.k, 4, 3))
 
 
@@ -194,15 +194,13 @@ def test_candidates(k, c, dtype):
 
 
 def test_narrow():
-    cpu = torch.device("cpu")
-
     def problem(k: int, c: int, stride: int = 1, dtype: str = "bf16") -> bprop.Problem:
         return bprop.Problem(100, k, c, stride, dtype, True, "bits", "none", True, False, True)
 
-    assert all(bprop.narrow(problem(k, c), cpu) for k, c in ((64, 64), (256, 64), (64, 256), (3, 5), (128, 128)))
-    assert not any(bprop.narrow(problem(k, c), cpu) for k, c in ((128, 256), (16, 512), (512, 16)))
-    assert not bprop.narrow(problem(64, 64, 2), cpu)
-    assert not bprop.narrow(problem(64, 64, dtype="fp32"), cpu)
+    assert all(bprop.narrow(problem(k, c)) for k, c in ((64, 64), (256, 64), (64, 256), (3, 5), (128, 128)))
+    assert not any(bprop.narrow(problem(k, c)) for k, c in ((128, 256), (16, 512), (512, 16)))
+    assert not bprop.narrow(problem(64, 64, 2))
+    assert not bprop.narrow(problem(64, 64, dtype="fp32"))
     for k, c in ((64, 64), (256, 64), (64, 256)):
         found = bprop.candidates(problem(k, c))
         assert len(found) == len(set(found)) <= 8

@@ -101,7 +101,7 @@ def broken(row: dict[str, Any]) -> str | None:
         return row["error"].strip().splitlines()[-1]
     if row["shared"] > row["stated_kib"] * 1024:
         return f"{row['shared'] / 1024:.1f} KiB of shared memory, and the configuration states {row['stated_kib']}"
-    if row["spills"] and row["target"] == 90:
+    if row["spills"]:
         return f"{row['spills']} spills, {row['stack']} bytes of stack"
     return None
 

@@ -75,6 +75,11 @@ def describable(config: ProductConfig, *matrices: Tensor | None) -> bool:
     )
 
 
+def is_bits(sign: Tensor | None) -> bool:
+    """Whether a mask is packed."""
+    return sign is not None and sign.dtype == torch.uint8
+
+
 def mask_words(sign: Tensor | None, channels: int, tile: int) -> Tensor | None:
     """A mask as kernels read it, ``tile`` channels at once: bits in words of 32 where these fit, values as (M, C)."""
     if sign is None or not is_bits(sign):
@@ -102,14 +107,17 @@ def product_candidates(problem: Product) -> tuple[ProductConfig, ...]:
     for a tile, pointers reach the first bytes sooner.
     """
     formed = 2 if problem.reads in ("affine", "masked") else 1
+    small = (64, 64, 64, 4, 3, 2)
     if problem.columns <= 64 and formed == 1:
-        tiles = [(128, 64, 64, 4, 3, 2), (128, 64, 32, 4, 4, 2), (64, 64, 64, 4, 3, 2)]
+        tiles = [(128, 64, 64, 4, 3, 2), (128, 64, 32, 4, 4, 2), small]
     elif problem.columns <= 64:
-        tiles = [(128, 64, 64, 8, 3, 1), (64, 64, 64, 4, 3, 2), (64, 64, 32, 4, 4, 3)]
+        tiles = [(128, 64, 64, 8, 3, 1), small, (64, 64, 32, 4, 4, 3)]
+    elif "sums" in problem.ends and problem.dtype == "fp32":
+        tiles = [(128, 64, 64, 8, 3, 1), small]
     elif "sums" in problem.ends:
         tiles = [(64, 128, 64, 4, 3, 2), (128, 64, 64, 8, 3, 1), (64, 128, 32, 4, 4, 2)]
     else:
-        tiles = [(128, 128, 64, 8, 3, 1), (128, 128, 32, 8, 4, 1), (64, 128, 64, 4, 3, 2)]
+        tiles = [(128, 128, 64, 8, 3, 1), (128, 128, 32, 8, 4, 1), (64, 128, 64, 4, 3, 2), small]
         if problem.ends == "plain" and problem.columns > 128 and formed == 1:
             tiles.append((128, 256, 64, 8, 3, 1))  # nothing but accumulators in registers
     descriptors = (False,) if problem.stride > 1 else (False, True)
@@ -125,9 +133,7 @@ def _config(
     _, n, depth = fit(ProductConfig(m, n, k, warps, stages), problem.columns, problem.depth)
     added = 2 if problem.ends == "residual" else 1
     shared = stages * (formed * m + n) * depth * size + added * m * n * size
-    return ProductConfig(m, n, k, warps, stages, programs, descriptors, shared // 1024 + 8)
-
-
-def is_bits(sign: Tensor | None) -> bool:
-    """Whether a mask is packed."""
-    return sign is not None and sign.dtype == torch.uint8
+    # From sm_100 on a product's result lies in tensor memory, a row to a thread: sums over rows cross threads.
+    crossing = n > 128 or (m * n > 64 * 64 and problem.ends == "statistics") or (m == 64 and formed == 2)
+    until = 90 if crossing else 999
+    return ProductConfig(m, n, k, warps, stages, programs, descriptors, shared // 1024 + 8, until=until)

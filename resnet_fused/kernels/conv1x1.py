@@ -63,16 +63,12 @@ def problem(op: str, *args: Any) -> Any:
     return _PROBLEMS[op](*args)
 
 
-# A device that is not known: what the largest can do is offered.
-_ANY = torch.device("meta")
-
-
 def candidates(problem: Any) -> tuple[Config, ...]:
     """The kernels' own, then the materialised form; both gradients at once only of narrow convolutions."""
     if isinstance(problem, Product):
         own: tuple[Config, ...] = product_candidates(problem)
     elif isinstance(problem, narrow_bprop.Problem):
-        own = (*(narrow_bprop.candidates(problem) if narrow_bprop.narrow(problem, _ANY) else ()), Separate())
+        own = (*(narrow_bprop.candidates(problem) if narrow_bprop.narrow(problem) else ()), Separate())
     else:
         own = weight_gradient.candidates(problem)
     return (*own, Materialised())
@@ -128,7 +124,7 @@ def conv1x1_bprop(*args: Any) -> tuple[Tensor, ...]:
     chosen, found = _choose("conv1x1_bprop", *args)
     if isinstance(chosen, Materialised):
         return materialised.bprop(*args)
-    if isinstance(chosen, ProductConfig) and narrow_bprop.narrow(found, args[0].device):
+    if isinstance(chosen, ProductConfig):
         return narrow_bprop.bprop_narrow(chosen, found, *args)
     *operands, stride, dilation, groups, dtype = args
     dx = conv1x1_dgrad(*operands, stride, dilation, groups)

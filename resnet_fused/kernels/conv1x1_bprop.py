@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -162,19 +161,10 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@functools.cache
-def _accumulators(device: torch.device) -> int:
-    """Elements of dW that a program holds in registers; without Hopper's shared memory the operands take some too."""
-    if device.type != "cuda":
-        return 64 * 256
-    known: Any = torch.cuda.get_device_properties(device)
-    return 64 * 256 if known.shared_memory_per_block_optin >= 200 << 10 else 64 * 64
-
-
-def narrow(problem: Problem, device: torch.device) -> bool:
+def narrow(problem: Problem) -> bool:
     """Whether a program can hold the whole weight and its gradient, and reads every pixel of the input."""
     k, c = _padded(problem.k), _padded(problem.c)
-    return problem.stride == 1 and problem.dtype != "fp32" and max(k, c) <= 256 and k * c <= _accumulators(device)
+    return problem.stride == 1 and problem.dtype != "fp32" and max(k, c) <= 256 and k * c <= 64 * 256
 
 
 def candidates(problem: Problem) -> tuple[ProductConfig, ...]:
@@ -186,7 +176,9 @@ def candidates(problem: Problem) -> tuple[ProductConfig, ...]:
 
     def config(depth: int, stages: int) -> ProductConfig:
         shared = depth * ((stages - 1) * row + 2 * (k + c)) + 2 * k * c
-        return ProductConfig(k, c, depth, 8, stages, 2 if k + c <= 128 else 1, shared=cdiv(shared, 1024) + 8)
+        since = 80 if k * c <= 64 * 64 else 90  # before Hopper products take both operands from registers
+        programs = 2 if k + c <= 128 else 1
+        return ProductConfig(k, c, depth, 8, stages, programs, shared=cdiv(shared, 1024) + 8, since=since)
 
     return tuple(config(*chosen) for chosen in ((32, 3), (64, 3), (32, 4)) if k + c <= 256 or chosen[0] == 32)
 

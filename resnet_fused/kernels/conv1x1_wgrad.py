@@ -139,9 +139,9 @@ def problem(dz, sign, y, a, b, c, weight, x, scale, shift, slope, stride, dilati
 # shared memory of every GPU, and two steps in flight already cover the memory's latency.
 _CONFIGS = (
     #             K    C    rows warps stages programs
-    ProductConfig(128, 256, 32, 8, 3),
-    ProductConfig(128, 256, 64, 8, 3),
-    ProductConfig(256, 128, 32, 8, 3),
+    ProductConfig(128, 256, 32, 8, 3, since=90),
+    ProductConfig(128, 256, 64, 8, 3, since=90),
+    ProductConfig(256, 128, 32, 8, 3, since=90),
     ProductConfig(128, 128, 32, 8, 3, 2),
     ProductConfig(128, 128, 64, 8, 3),
     ProductConfig(256, 64, 32, 8, 3),

@@ -52,6 +52,8 @@ def candidates(problem: Problem) -> tuple[RowsConfig, ...]:
     strips = 32 * (4 if problem.dtype == "fp32" else 8) // channels  # of a warp
     resident = 16 if problem.backward else 24  # warps of a multiprocessor
     shapes = ((4, 1), (8, 1), (4, 2), (8, 2))  # warps of a program; what part of the warps to use
+    if problem.dtype == "fp32" and not problem.backward:
+        shapes = shapes[1::2]  # ptxas spills a register of four warps
     return tuple(RowsConfig(strips * warps, channels, warps, resident // (warps * part)) for warps, part in shapes)
 
 

@@ -33,6 +33,8 @@ class ProductConfig:
     programs: int = 1  # on each multiprocessor
     descriptors: bool = False  # tiles through tensor descriptors (the bulk copy engine from sm_90 on), else by pointers
     shared: int = 96  # KiB of shared memory that a program needs at most; GPUs that have less are not offered it
+    since: int = 80  # least compute capability, 90 for 9.0, that it is offered to: older ones would spill registers
+    until: int = 999  # greatest one
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,17 @@ def from_json(entry: Any) -> Config:
 
 def runs_on(config: Config, capability: int, shared_kib: float) -> bool:
     """Whether a GPU of this compute capability (90 for 9.0), whose programs may have so much memory, is offered it."""
-    bulk = isinstance(config, ProductConfig) and config.descriptors
-    return config.shared <= shared_kib and (capability >= 90 or not bulk)
+    if isinstance(config, ProductConfig):
+        least = max(config.since, 90 if config.descriptors else 80)
+        if not least <= capability <= config.until:
+            return False
+    return config.shared <= shared_kib
+
+
+_LIMITS = ("shared", "since", "until")
 
 
 def label(config: Config) -> str:
     """A short name: ``product m=128 n=64 k=64 warps=4 stages=3``."""
-    fields = " ".join(f"{key}={int(value)}" for key, value in asdict(config).items() if key != "shared")
+    fields = " ".join(f"{key}={int(value)}" for key, value in asdict(config).items() if key not in _LIMITS)
     return f"{_NAMES[type(config)]} {fields}".rstrip()
