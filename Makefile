@@ -39,8 +39,8 @@ demo: $(INSTALLED) ## Show the fused blocks at work
 examples: $(INSTALLED) ## Run the scripts of examples/, one or two minutes each; tables, and figures in examples/out
 	for name in train_cifar degradation variants signal_propagation; do $(PY) examples/$$name.py $(ARGS) || exit 1; done
 
-test: $(INSTALLED) ## All tests; those that need a GPU skip themselves where there is none
-	$(PY) -m pytest $(ARGS)
+test: $(INSTALLED) ## All tests, on several cores; those that need a GPU skip themselves where there is none
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-gpu: $(INSTALLED) ## All tests, those that need a GPU included; fails where there is none
 	@$(NEEDS_GPU)

@@ -10,7 +10,17 @@ from helpers import assert_close, assert_no_worse, dtype_id, randn, randomise
 from kernel_helpers import DEVICE, DTYPES
 from torch import nn
 
-from resnet_fused import BasicBlock, BasicUnit, Bottleneck, BottleneckUnit, PReLUBlock, disabled, use_backend
+from resnet_fused import (
+    BasicBlock,
+    BasicUnit,
+    Bottleneck,
+    BottleneckUnit,
+    PReLUBlock,
+    disabled,
+    fuse,
+    models,
+    use_backend,
+)
 from resnet_fused.blocks import mixing
 from resnet_fused.ops import bn_add_relu
 
@@ -107,3 +117,38 @@ def test_inference(name, dtype):
         with disabled():
             theirs, truth = block(x), exact(x.double())
     assert_no_worse(ours, theirs, truth, FLOOR[dtype])
+
+
+# --- whole networks ---------------------------------------------------------------------------------------------------
+
+
+def network() -> tuple[nn.Module, nn.Module]:
+    """A network with the stem, both shortcuts and a stride, fused, and its copy in fp64."""
+    torch.manual_seed(0)
+    model = models.ResNet(Bottleneck, [2, 1, 1, 1], width_per_group=8)
+    model.layer3, model.layer4, model.fc = nn.Sequential(), nn.Sequential(), nn.Linear(512, 5)
+    model = randomise(model).to(DEVICE)
+    return fuse(model), copy.deepcopy(model).double()
+
+
+def test_training_step_of_a_network():
+    model, exact = network()
+    x = randn(3, 3, 24, 33, seed=5, dtype=torch.float32, device=DEVICE)
+    stock = copy.deepcopy(model)
+    with use_backend("triton"):
+        ours = step(model, x)
+    with disabled():
+        theirs, truth = step(stock, x), step(exact, x.double())
+    for what, value in truth.items():
+        assert_no_worse(ours[what], theirs[what], value, 1e-4, what)
+
+
+def test_inference_of_a_network():
+    model, exact = network()
+    model.eval(), exact.eval()
+    x = randn(2, 3, 24, 33, seed=5, dtype=torch.float32, device=DEVICE)
+    with torch.no_grad():
+        with use_backend("triton"):
+            ours = model(x)
+        with disabled():
+            assert_no_worse(ours, model(x), exact(x.double()), 1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -194,7 +195,10 @@ def test_what_pytest_benchmark_writes_is_trimmed_and_read(tmp_path, capsys) -> N
         subprocess.run([*git, *command], cwd=tmp_path, check=True, capture_output=True)
     raw = tmp_path.parent / f"{tmp_path.name}.json"
     options = ["--benchmark-json", raw, "--benchmark-max-time=0.01", "-q", "-p", "no:cacheprovider"]
-    subprocess.run([sys.executable, "-B", "-m", "pytest", *options], cwd=tmp_path, check=True, capture_output=True)
+    # As in a shell: what tells a worker of xdist that it is one is left out.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-B", "-m", "pytest", *options]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=env)
     out = tmp_path / "results" / "gpu.json"
     code, text, error = call(capsys, "--trim", raw, "--out", out)
     assert code == 0, error

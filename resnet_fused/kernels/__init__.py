@@ -25,7 +25,7 @@ _MODULES = {
     ),
     "conv1x1": tuple(f"conv1x1_{name}" for name in ("fprop", "infer", "dgrad", "wgrad", "bprop")),
     "conv3x3": tuple(f"conv3x3_{name}" for name in ("fprop", "infer", "dgrad", "wgrad", "bprop")),
-    "stem": ("stem_forward", "stem_reduce", "stem_apply", "stem_backward"),
+    "stem": ("stem_forward", "stem_infer", "stem_reduce", "stem_apply", "stem_backward"),
 }
 _PROVED: frozenset[str] = frozenset()
 _MISSING = None if importlib.util.find_spec("triton") else "Triton is not installed"

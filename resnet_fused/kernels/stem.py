@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from resnet_fused import tuning
 from resnet_fused.kernels._launch import cdiv, counters, launch, multiprocessors, rows, unsupported, vector
 from resnet_fused.kernels.stem_passes import apply_kernel, forward_kernel, reduce_kernel
 from resnet_fused.ops._op import empty_channels_last
-from resnet_fused.tuning import RowsConfig
+from resnet_fused.tuning import Config, Materialised, RowsConfig
 
 # --- configurations -------------------------------------------------------------------------------------------------
 
@@ -28,13 +30,29 @@ class Problem(NamedTuple):
     backward: bool
 
 
+class Inference(NamedTuple):
+    """What decides between backends for a stem in inference."""
+
+    dtype: str
+    images: int
+    channels: int  # of the convolution's output
+    height: int  # of its input
+    width: int
+    kernel: int
+    stride: int
+
+
 # The greatest key of a number: infinity's bits, all codes.
 _INFINITY = {torch.float32: 0x7F80_0000_0000_000F, torch.float16: 0x7F80_000F, torch.bfloat16: 0x7F80_000F}
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def problem(op: str, *args: Tensor | None) -> Problem:
+def problem(op: str, *args: Any) -> Problem | Inference:
     """Of ``op`` on its arguments."""
+    if op == "stem_infer":
+        x, weight, _, stride, _ = args
+        images, _, height, width = x.shape
+        return Inference(_NAMES[x.dtype], images, weight.shape[0], height, width, weight.shape[2], stride)
     backward = op != "stem_forward"
     y = args[1 if backward else 0]
     assert y is not None
@@ -42,16 +60,19 @@ def problem(op: str, *args: Tensor | None) -> Problem:
     return Problem(_NAMES[y.dtype], images, channels, height, width, backward)
 
 
-def candidates(problem: Problem) -> tuple[RowsConfig, ...]:
+def candidates(problem: Problem | Inference) -> tuple[Config, ...]:
     """One 16-byte access of each tensor a thread; the loads of a row of windows are 64 to 112 bytes in flight.
 
     ``rows`` are strips. Programs are as many as registers leave room for, 128 of a thread in backward; where sums are
     merged, few large programs are better than many small ones.
     """
+    if isinstance(problem, Inference):
+        return (Materialised(),)  # its pass has the configuration of stem_forward
     channels = min(64, triton.next_power_of_2(problem.channels))
     strips = 32 * (4 if problem.dtype == "fp32" else 8) // channels  # of a warp
     resident = 16 if problem.backward else 24  # warps of a multiprocessor
-    shapes = ((4, 1), (8, 1), (4, 2), (8, 2))  # warps of a program; what part of the warps to use
+    # Warps of a program, and what part of the warps to use.
+    shapes: tuple[tuple[int, int], ...] = ((4, 1), (8, 1), (4, 2), (8, 2))
     if problem.dtype == "fp32" and not problem.backward:
         shapes = shapes[1::2]  # ptxas spills a register of four warps
     return tuple(RowsConfig(strips * warps, channels, warps, resident // (warps * part)) for warps, part in shapes)
@@ -75,6 +96,7 @@ def _walk(op: str, *args: Tensor | None) -> _Walk:
     assert first is not None
     config = tuning.choose(op, key, first.device, candidates)
     assert isinstance(config, RowsConfig)
+    assert isinstance(key, Problem)
     p, q = cdiv(key.height, 2), cdiv(key.width, 2)
     block = min(config.channels, triton.next_power_of_2(key.channels))
     blocks = cdiv(key.channels, block)
@@ -97,6 +119,11 @@ def stem_forward(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         y=rows(y), scale=scale.contiguous(), shift=shift.contiguous(), out=out, **walk.sizes,
     )  # fmt: skip
     return out
+
+
+def stem_infer(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """PyTorch's convolution; bias, ReLU and pool in one pass."""
+    return stem_forward(F.conv2d(x, weight, None, stride, padding), torch.ones_like(bias), bias)
 
 
 def _reduce(
@@ -180,4 +207,11 @@ def _unsupported(*args: Tensor | None) -> str | None:
     return reason
 
 
-UNSUPPORTED = dict.fromkeys(("stem_forward", "stem_reduce", "stem_apply", "stem_backward"), _unsupported)
+def _infer_unsupported(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> str | None:
+    return _unsupported(x, weight, bias)
+
+
+UNSUPPORTED: dict[str, Callable[..., str | None]] = {
+    **dict.fromkeys(("stem_forward", "stem_reduce", "stem_apply", "stem_backward"), _unsupported),
+    "stem_infer": _infer_unsupported,
+}
