@@ -1,10 +1,12 @@
 """The option ``--benchmark``: with it benchmarks/ are timed and tests/ left out; without it small cases run once each.
 
-``tests/cases.py`` and the harness are importable from both folders.
+``tests/cases.py`` and the harness are importable from both folders. A test that breaks the GPU's context ends its
+process, where pytest-xdist starts another.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -55,3 +57,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.getoption("--benchmark") and TESTS in collection_path.parents:
         return True
     return None
+
+
+# --- a broken GPU -----------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """After an illegal access every CUDA call of the process fails: later tests would be blamed for it."""
+    if call.excinfo is not None and "PYTEST_XDIST_WORKER" in os.environ and _device_is_lost():
+        reason = call.excinfo.exconly().splitlines()[0]
+        print(f"breaks the device: {item.nodeid}: {reason}", file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+
+def _device_is_lost() -> bool:
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

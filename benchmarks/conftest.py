@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import plan, rows, session
-from harness.protocol import Case, Result, Settings, measure
+from harness.protocol import Case, Result, Settings, first_line, measure
 
 from resnet_fused.cli import ceilings
 
@@ -23,11 +23,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    measured = [item for item in items if isinstance(item, pytest.Function) and "row" in item.fixturenames]
+    measured = _rows(items)
     for item in measured:
         item.add_marker(pytest.mark.benchmark(timer=session.TAPE.now))
     others = set(items) - set(measured)
     items[:] = [*(item for item in items if item in others), *sorted(measured, key=plan.order)]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for item in _rows(session.items):
+        case, impl = item.module.CASES[item.callspec.params["case"]], item.callspec.params["impl"]
+        session.config.stash[RECORDER].unmeasured[item.nodeid] = case, impl, "the session ended before"
+
+
+def _rows(items: list[pytest.Item]) -> list[pytest.Function]:
+    return [item for item in items if isinstance(item, pytest.Function) and "row" in item.fixturenames]
 
 
 @pytest.fixture
@@ -35,38 +45,56 @@ def row(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, str],
     """``row(case, impl)``: the row of one implementation; the case is measured when its first row is asked for."""
     recorder = request.config.stash[RECORDER]
 
-    def skip(case: Case, impl: str, reason: str) -> None:
-        known = {"fullname": request.node.nodeid, "reason": reason, "extra_info": rows.identity(case, impl)}
-        recorder.unmeasured.append(known)
+    def report(case: Case, impl: str) -> None:
+        reason = None if case.id in recorder.results else recorder.over()
+        if reason is None:
+            result = _result(request, recorder, case, impl, timed=benchmark.enabled)
+            reason = result.unmeasured
+        if reason is None:
+            _fill(benchmark, case, impl, result)
+            del recorder.unmeasured[request.node.nodeid]
+            return
+        recorder.unmeasured[request.node.nodeid] = case, impl, reason
         benchmark.skipped = True
         pytest.skip(reason)
 
-    def report(case: Case, impl: str) -> None:
-        if case.id not in recorder.results:
-            reason = recorder.over()
-            if reason is not None:
-                skip(case, impl, reason)
-            recorder.results[case.id] = _measure(request, case, timed=benchmark.enabled)
-        result = recorder.results[case.id][impl]
-        if result.failure is not None:
-            pytest.fail(result.failure, pytrace=False)
-        if result.unmeasured is not None:
-            skip(case, impl, result.unmeasured)
-        _fill(benchmark, case, impl, result)
-
     return report
+
+
+def _result(
+    request: pytest.FixtureRequest, recorder: session.Recorder, case: Case, impl: str, *, timed: bool
+) -> Result:
+    """Measured now or with another row; a row of the fused implementation fails where that is wrong or broken."""
+    if case.id not in recorder.results:
+        recorder.results[case.id] = _measure(request, case, timed=timed)
+    result = recorder.results[case.id][impl]
+    if result.failure is not None:
+        recorder.unmeasured[request.node.nodeid] = case, impl, str(result.unmeasured)
+        pytest.fail(result.failure, pytrace=False)
+    return result
 
 
 def _measure(request: pytest.FixtureRequest, case: Case, *, timed: bool) -> dict[str, Result]:
     """All implementations of ``case`` that this session asks for."""
     options = request.config.option
+    if timed:
+        session.machine_info()  # while the device is whole: what is wrong with a kernel must not cost the report
     settings = Settings(session.DEVICE, timed, options.benchmark_min_rounds, float(options.benchmark_max_time))
     try:
         return measure(case, _asked(request.session.items, case), settings)
     finally:
         gc.collect()
         if session.DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
+            _free(request.session, case)
+
+
+def _free(running: pytest.Session, case: Case) -> None:
+    """Give the memory back; after an illegal access nothing more can be measured."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        running.shouldstop = f"{case.id} broke the device: {first_line(error)}"
 
 
 def _asked(items: list[pytest.Item], case: Case) -> list[str]:
@@ -105,4 +133,7 @@ def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Beside ``benchmarks`` a list ``unmeasured``: rows that have no time, each with the reason."""
-    output_json["unmeasured"] = config.stash[RECORDER].unmeasured
+    output_json["unmeasured"] = [
+        {"fullname": name, "reason": reason, "extra_info": rows.identity(case, impl)}
+        for name, (case, impl, reason) in config.stash[RECORDER].unmeasured.items()
+    ]

@@ -6,8 +6,11 @@ import gc
 import importlib.util
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -27,7 +30,8 @@ from resnet_fused.cli import timing
 from resnet_fused.cli.ceilings import Rates
 from resnet_fused.ops._op import ops as registered
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 CPU = torch.device("cpu")
 
 # --- the protocol ---------------------------------------------------------------------------------------------------
@@ -160,6 +164,23 @@ def test_a_failed_row_keeps_no_tensors():
     assert "in prepare" in results["fused"].failure
 
 
+def test_a_case_that_breaks_as_a_whole_is_measured_once():
+    """Without memory for its operands, say: its rows say why, and ``fused`` fails."""
+    opened = []
+
+    def opening(device):
+        opened.append(device)
+        raise RuntimeError("CUDA out of memory")
+
+    results = protocol.measure(SimpleNamespace(open=opening), iter(("fused", "eager")), Settings(CPU))
+    assert opened == [CPU]
+    assert {name: result.unmeasured for name, result in results.items()} == dict.fromkeys(
+        ("fused", "eager"), "RuntimeError: CUDA out of memory"
+    )
+    assert results["eager"].failure is None
+    assert "in opening" in results["fused"].failure
+
+
 def test_times_from_another_process_are_taken_as_they_are():
     results, order = measured(FakeBench(eager=1.0, jax=(0.5, 0.7)), "jax", "eager")
     assert results["jax"].samples == (0.5, 0.7)
@@ -255,6 +276,18 @@ def test_the_error_of_a_mask_is_the_share_of_wrong_bits():
     exact = torch.tensor([0b1111_0000, 0], dtype=torch.uint8)
     found = torch.tensor([0b1111_0001, 0b1000_0000], dtype=torch.uint8)
     assert verify.relative(found, exact) == 2 / 16
+
+
+def test_a_wrong_tile_is_not_lost_in_a_batch():
+    exact = randn(256, 8, 16, 16).double()
+    found = exact.bfloat16()
+    eager = {"y": found.clone()}
+    floor = kernels.FLOORS[torch.bfloat16]
+    assert verify.check({"y": found}, {"y": exact}, eager, floor, 0.1)[0] < 3e-3
+    found[7, :, 0, :2] = 0
+    assert verify.relative(found, exact) < floor
+    with pytest.raises(verify.Beyond, match="y is off by"):
+        verify.check({"y": found}, {"y": exact}, eager, floor, 0.1)
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([1.0, float("nan")]), torch.tensor([1.0]), torch.tensor([1.0, math.inf])])
@@ -603,11 +636,142 @@ def test_rows_beyond_the_budget_are_skipped_and_say_so():
     assert "2 skipped" in found.stdout
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan", "soon"])
-def test_a_budget_is_a_positive_number(text):
+def test_a_row_without_a_time_is_in_the_document(tmp_path):
+    """Wrong ones that failed, and those that an interrupted session did not come to."""
+    path = tmp_path / "out.json"
+    breaking = tmp_path / "breaking.py"
+    breaking.write_text(
+        "from harness import kernels\n"
+        "known, calls = kernels.named, []\n"
+        "def named(op, found):\n"
+        "    calls.append(op)\n"
+        "    if len(calls) > 2:\n"
+        "        raise KeyboardInterrupt\n"
+        "    return {name: t if len(calls) > 1 else t + 1 for name, t in known(op, found).items()}\n"
+        "kernels.named = named\n"
+    )
+    chosen = "smoke and (pool or spread)", "--benchmark-json", str(path), "-p", "breaking"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "benchmarks/bench_kernels.py"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT / "benchmarks", ROOT, TESTS)))}
+    done = subprocess.run([*command, "-k", *chosen], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    document = json.loads(path.read_text())
+    assert [row["extra_info"]["impl"] for row in document["benchmarks"]] == ["eager"]
+    reasons = [(row["extra_info"]["impl"], row["reason"].partition(":")[0]) for row in document["unmeasured"]]
+    assert reasons == [("fused", "WrongResult")] + [(impl, "the session ended before") for impl in ("fused", "eager")]
+    assert all(tuple(row["extra_info"]) == rows.KEYS for row in document["unmeasured"])
+
+
+def root_conftest():
     spec = importlib.util.spec_from_file_location("root_conftest", ROOT / "conftest.py")
     root = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(root)
+    return root
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "soon"])
+def test_a_budget_is_a_positive_number(text):
+    root = root_conftest()
     assert root._seconds("0.5") == 0.5
     with pytest.raises(ValueError):
         root._seconds(text)
+
+
+@pytest.mark.parametrize(("worker", "lost"), [(True, True), (True, False), (False, True)])
+def test_a_test_that_breaks_the_gpu_ends_its_process_alone(monkeypatch, capfd, worker, lost):
+    def synchronize():
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    root, left = root_conftest(), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(root.os, "_exit", left.append)
+    if worker:
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    else:
+        monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    failed = SimpleNamespace(excinfo=SimpleNamespace(exconly=lambda: "RuntimeError: illegal"))
+    root.pytest_runtest_makereport(SimpleNamespace(nodeid="test_a.py::test_b"), failed)
+    root.pytest_runtest_makereport(SimpleNamespace(nodeid="fine"), SimpleNamespace(excinfo=None))
+    assert left == ([1] if worker and lost else [])
+    told = "breaks the device: test_a.py::test_b: RuntimeError: illegal"
+    assert (told in capfd.readouterr().err) == (worker and lost)
+
+
+# --- tools/on_gpu.sh --------------------------------------------------------------------------------------------------
+
+INTERPRETER = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >> "$CALLS"
+case "$*" in
+*get_device_capability*) echo 90 ;;
+*"-m pytest"*)
+    trap 'exit 2' INT
+    for _ in $(seq "${TENTHS:-0}"); do sleep 0.1; done
+    echo "FAILED tests/test_kernels_x.py::test_y[1-a b] - AssertionError: off"
+    echo "1 failed, 2 passed"
+    exit 1 ;;
+*"report --show"*) echo "a case: fused 1 us" ;;
+esac
+"""
+
+
+def on_gpu(tmp_path, *arguments, **environment):
+    """The script with an interpreter that runs nothing, in a folder with a blank."""
+    folder = tmp_path / "a folder"
+    folder.mkdir(exist_ok=True)
+    for name in ("python", "nvidia-smi"):
+        (folder / name).write_text(INTERPRETER)
+        (folder / name).chmod(0o755)
+    known = {"PYTHON": str(folder / "python"), "CALLS": str(folder / "calls"), **environment}
+    known["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    command = [str(ROOT / "tools" / "on_gpu.sh"), *arguments]
+    done = subprocess.run(command, env=os.environ | known, capture_output=True, text=True, check=False)
+    calls = folder / "calls"
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+needs_coreutils = pytest.mark.skipif(shutil.which("timeout") is None, reason="the script needs bash and GNU's timeout")
+
+
+@needs_coreutils
+def test_the_gpu_script_sums_up_and_keeps_the_logs(tmp_path):
+    out = tmp_path / "results of a GPU"
+    done, calls = on_gpu(tmp_path, "test", str(out), "60", "-k", "a and not b")
+    assert done.returncode == 1, done.stderr
+    assert "tests/test_kernels_x.py::test_y[1-a b] - AssertionError: off" in done.stdout
+    assert "kernels: 1 failed, 2 passed" in done.stdout
+    kernels, others = (call for call in calls if "-m pytest" in call)
+    assert "tests/test_kernels_conv1x1.py" in kernels
+    assert "compiled" not in kernels
+    assert "-m gpu tests/test_extension.py" in others
+    assert kernels.endswith("-k a and not b")
+    with tarfile.open(out / "test.tar.gz") as archive:
+        assert {"./kernels.log", "./others.log", "./install.log"} <= set(archive.getnames())
+
+
+@needs_coreutils
+def test_the_gpu_script_benchmarks_the_headline(tmp_path):
+    done, calls = on_gpu(tmp_path, "bench", str(tmp_path / "out"), "100")
+    assert "a case: fused 1 us" in done.stdout
+    assert any("compile_kernels.py --models resnet50 --targets 90" in call for call in calls)
+    (bench,) = (call for call in calls if "-m pytest" in call)
+    assert bench.endswith("benchmarks -m headline")
+    assert f"--benchmark-json {tmp_path}/out/benchmark.json" in bench
+
+
+@needs_coreutils
+def test_the_gpu_script_ends_in_time(tmp_path):
+    done, _ = on_gpu(tmp_path, "test", str(tmp_path / "out"), "3", TENTHS="300")
+    assert done.returncode == 124
+    assert "kernels: out of time" in done.stdout
+
+
+@needs_coreutils
+@pytest.mark.parametrize("arguments", [(), ("test",), ("tests", "out"), ("test", "out", "0")])
+def test_the_gpu_script_refuses_other_arguments_in_one_line(tmp_path, arguments):
+    done, calls = on_gpu(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("on_gpu.sh: expected test, sanitize, tune, bench or profile, a folder and seconds")
+    assert len(done.stderr.splitlines()) == 1
+    assert not calls

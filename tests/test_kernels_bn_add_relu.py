@@ -147,6 +147,17 @@ def test_operands_of_any_strides(layout):
             compare(f"bn_add_relu_{name}", args)
 
 
+@pytest.mark.parametrize("name", ["mask", "reduce", "apply", "backward"])
+def test_a_packed_mask_of_any_stride(name):
+    for args in SAMPLES[name](maker(torch.float32), SHAPES[0]):
+        sparse = [
+            torch.stack((a, ~a), 1)[:, 0] if isinstance(a, Tensor) and a.dtype == torch.uint8 else a for a in args
+        ]
+        if any(a is not b for a, b in zip(sparse, args, strict=True)):
+            compare(f"bn_add_relu_{name}", tuple(sparse))
+            break
+
+
 @every_dtype
 def test_operands_of_unlike_dtypes(dtype):
     """Every tensor of a sample in a dtype of its own."""

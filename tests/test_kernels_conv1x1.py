@@ -66,6 +66,13 @@ def test_every_walk_over_the_tiles(op, config):
         compare(op, args, config)
 
 
+def test_descriptors_of_every_tensor():
+    """A plain product: the kernel has no other tensor."""
+    case = SHAPES[3]
+    x, w = maker(torch.float16).activation(case.n, case.c, case.h, case.w), maker(torch.float16).weight(case)
+    compare("conv1x1_fprop", (x, *ABSENT, w, *case.geometry, False), WALKS[2])
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
 @pytest.mark.parametrize("op", OPS)
 def test_any_strides(op, layout):
@@ -132,6 +139,17 @@ def test_full_precision_unless_torch_allows_tf32():
         assert precision(torch.float32) == "tf32"
     finally:
         torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.parametrize(("asked", "taken"), [("tf32", "tf32"), ("ieee", "tf32x3")])
+def test_precision_of_convolutions_alone(asked, taken):
+    """PyTorch's newer flag, beside which the older one cannot be read."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = asked
+    try:
+        assert precision(torch.float32) == taken
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 # --- what is declined -------------------------------------------------------------------------------------------------

@@ -102,6 +102,21 @@ def test_without_results_the_texts_say_so(root, capsys) -> None:
     assert "No results of a GPU are committed yet." in (root / "docs" / "results.md").read_text()
 
 
+def test_a_line_for_each_case(tmp_path, capsys) -> None:
+    """The fastest of this package's configurations, and of every peer's how many times as long it takes."""
+    path = tmp_path / "raw.json"
+    path.write_text(json.dumps(document(*NETWORKS, *KERNELS, row("a", 1e-3, "alone", impl="eager"))))
+    code, text, _ = call(capsys, "--show", path)
+    assert code == 0
+    assert text.splitlines() == [
+        "one: fused+graph 16,000.0 us, eager 2.50x, compile_max_autotune+graph 0.80x",
+        "k: fused 500.0 us, 71% of bound, eager 2.00x",
+        "alone: eager 1,000.0 us",
+        "not measured: jax (3 rows): jax: not installed",
+    ]
+    assert call(capsys, "--show", tmp_path / "none.json")[0] == 2
+
+
 def test_written_twice_the_texts_are_the_same(root, capsys) -> None:
     assert call(capsys, "--root", root)[0] == 0
     first = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}

@@ -346,6 +346,17 @@ def test_a_wrong_candidate_is_told_and_never_chosen(monkeypatch):
     )
 
 
+def test_what_a_candidate_does_not_write_is_no_result_of_the_last(monkeypatch):
+    """The allocator gives the memory of the one before to the next."""
+    expected = torch.arange(8.0), torch.arange(8, dtype=torch.uint8)
+    memory = {t.dtype: torch.zeros_like(t) for t in expected}
+    monkeypatch.setattr(torch, "empty_like", lambda t: memory[t.dtype])
+    assert measure._wrong(lambda: [torch.empty_like(t).copy_(t) for t in expected], expected, 0.1) is None
+    told = measure._wrong(lambda: [torch.empty_like(t) for t in expected], expected, 0.1)
+    assert told == "output 0 is wrong in 100.00% of its values"
+    assert "output 1" in measure._wrong(lambda: [expected[0], torch.empty_like(expected[1])], expected, 0.1)
+
+
 def test_a_candidate_that_fails_is_told(monkeypatch):
     op = "bn_add_relu_mask"
 
@@ -439,6 +450,14 @@ def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["tune"]) == 2
     assert "expected a GPU that torch can use, got none; --check works without" in capsys.readouterr().err
+
+
+def test_a_folder_that_does_not_exist_is_told_before_anything_is_measured(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune.config, "triton_interprets", lambda: False)
+    assert cli.main(["tune", "--out", str(tmp_path / "none" / "gpu.json")]) == 2
+    assert "expected a file in a folder that exists, got" in capsys.readouterr().err
 
 
 def test_the_command_measures_a_model_and_writes_its_table(tmp_path, capsys, monkeypatch):

@@ -1,80 +1,130 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, one stage at a time; logs and results go to a folder, a summary to stdout.
+# What only a GPU can tell, one stage at a time: results and one archive of logs in a folder, a summary on stdout.
 #
-#   tools/on_gpu.sh STAGE OUT [SECONDS]
+#   tools/on_gpu.sh STAGE OUT [SECONDS [ARGUMENT...]]
 #
-#   test       every test that runs on the GPU, several processes at once (kernels are compiled as they are met)
-#   sanitize   the kernels' tests under compute-sanitizer: memcheck, racecheck, initcheck
-#   tune       resnet_fused/tuning/tables for this GPU, of ResNet-50, 18 and 34
-#   bench      benchmarks/, raw pytest-benchmark JSON
-#   profile    one Bottleneck of a ResNet-50, forward and backward, under ncu; a whole training step under torch's profiler
+#   test       the kernels' tests, then every other one that needs a GPU, a process for each CPU; pytest's arguments
+#   sanitize   the kernels' tests under compute-sanitizer: memcheck, racecheck, initcheck; pytest's arguments
+#   tune       the table of this GPU, in place and copied to OUT; arguments of `python -m resnet_fused tune`
+#   bench      OUT/benchmark.json; pytest's arguments (default: benchmarks -m headline)
+#   profile    a Bottleneck of ResNet-50, forward and backward, under ncu, then a training step under torch.profiler;
+#              arguments of `python -m resnet_fused profile`
 #
-# SECONDS ends a stage in time (default 540); what it has by then is kept. PYTHON names the interpreter (default python3);
-# the package is installed into it, without its dependencies.
+# A stage ends after SECONDS (default 500) and half a minute at most; what it has by then is kept. The exit code is that
+# of its worst command. RESNET_FUSED_BACKEND=triton has bench and profile run kernels that are no default yet. PYTHON
+# names the interpreter (default: python3). Compiled kernels stay in build/triton for the stages that follow.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-stage="${1:?stage: test, sanitize, tune, bench or profile}"
-out="${2:?folder for logs and results}"
-limit="${3:-540}"
+stage="${1-}" out="${2-}" limit="${3-500}"
+if [[ ! "$stage" =~ ^(test|sanitize|tune|bench|profile)$ || -z "$out" || ! "$limit" =~ ^[1-9][0-9]*$ ]]; then
+    echo "on_gpu.sh: expected test, sanitize, tune, bench or profile, a folder and seconds, got: $*" >&2
+    exit 2
+fi
+arguments=("${@:4}")
+end=$((SECONDS + limit))
 python="${PYTHON:-python3}"
-mkdir -p "$out"
-out="$(realpath "$out")"
-export OMP_NUM_THREADS=2 PYTHONPATH="$PWD" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/build/triton}"
+mkdir -p "$out" && out="$(realpath "$out")" || exit 2
+logs="$(mktemp -d)"
+trap 'tar -czf "$out/$stage.tar.gz" -C "$logs" . && rm -r "$logs"' EXIT
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/build/triton}" COLUMNS=180
 
-"$python" -m pip install --quiet --no-build-isolation --no-deps -e . > "$out/install.log" 2>&1 || { tail "$out/install.log"; exit 1; }
-"$python" -m resnet_fused info > "$out/info.txt" 2>&1
-nvidia-smi > "$out/nvidia-smi.txt" 2>&1
-
-# Each line is one pytest process: a name and its arguments.
-suites() {
-    local file
-    for file in tests/test_kernels_*.py; do
-        case "$file" in
-        *compiled.py) ;;
-        *conv1x1.py)
-            for op in fprop infer dgrad; do echo "conv1x1_$op $file -k conv1x1_$op"; done
-            echo "conv1x1_rest $file -k 'not conv1x1_fprop and not conv1x1_infer and not conv1x1_dgrad'" ;;
-        *) file="${file#tests/}"; echo "${file%.py} tests/$file" ;;
-        esac
-    done
-    [[ "${1:-}" == kernels ]] && return
-    for op in conv1x1 conv3x3 bn_ stem; do echo "ops_$op tests/test_ops.py -m gpu -k $op"; done
-    for file in $(grep -lE "mark.gpu|DEVICES" tests/test_*.py | grep -v -e test_ops -e test_kernels); do
-        echo "$(basename "$file" .py) $file -m gpu"
-    done
+left() { # the share 1/$1 of the seconds that are left
+    local seconds=$(((end - SECONDS) / ${1:-1}))
+    echo $((seconds > 1 ? seconds : 1))
 }
 
-run_suites() { # wrapper command..., suites on stdin
-    local status=0
-    xargs -d '\n' -P "$(nproc)" -I{} bash -c '
-        name=$(cut -d" " -f1 <<< "{}"); arguments=$(cut -d" " -f2- <<< "{}")
-        eval timeout '"$limit"' '"$*"' '"$python"' -m pytest -q -p no:cacheprovider $arguments > "'"$out"'/$name.log" 2>&1
-        code=$?
-        [[ $code == 0 || $code == 5 ]] && tail -n 1 "'"$out"'/$name.log" | sed "s/^/$name: /" \
-            || { echo "FAILED ($code) $name:"; grep -E "^(FAILED|ERROR)|^E  |=====.*(ERROR|error)" "'"$out"'/$name.log" | sort | uniq -c | sort -rn | head -n 12; exit 1; }
-    ' || status=1
-    return $status
+within() { # SECONDS COMMAND...: interrupted in time, so that it writes what it has
+    timeout --signal=INT --kill-after=25 "$@"
 }
+
+worst=0
+note() { # CODE WHAT: into the exit code, and a line if it is no success
+    [[ $1 == 0 ]] && return
+    [[ $1 == 124 || $1 == 137 ]] && echo "$2: out of time" || echo "$2: exit code $1"
+    (($1 > worst)) && worst=$1
+}
+
+parallel=()
+"$python" -c "import xdist" 2> /dev/null && parallel=(-n "$(nproc)" --dist worksteal)
+
+tests() { # NAME SECONDS [WRAPPER... --] ARGUMENT...: pytest, and a summary of what failed
+    local name="$1" seconds="$2" log="$logs/$1.log" wrapper=()
+    shift 2
+    if [[ $1 == compute-sanitizer ]]; then
+        while [[ $1 != -- ]]; do wrapper+=("$1") && shift; done
+        shift
+    fi
+    OMP_NUM_THREADS=1 within "$seconds" "${wrapper[@]}" "$python" -m pytest -q -p no:cacheprovider -rfE --tb=short \
+        --durations=15 "${parallel[@]}" "$@" "${arguments[@]}" > "$log" 2>&1
+    local code=$?
+    grep -E "^(FAILED|ERROR) " "$log" | sed -E "s/^[A-Z]+ ([^ []*).*/\1/" | sort | uniq -c | sort -rn | head -n 20
+    grep -E "^(FAILED|ERROR) |^breaks the device: " "$log" | cut -c 1-240 | head -n 15
+    echo "$name: $(tail -n 1 "$log")"
+    [[ $code == 5 ]] || note $code "$name" # 5: ARGUMENT... left no test
+}
+
+mapfile -t kernels < <(grep -l "import.* DEVICE\|^from kernel_helpers" tests/test_*.py | grep -v compiled)
+mapfile -t others < <(grep -lE "mark\.gpu|DEVICES" tests/test_*.py | grep -vxF "$(printf "%s\n" "${kernels[@]}")")
+
+"$python" -m resnet_fused info > "$logs/info.txt" 2>&1 || { tail -n 3 "$logs/info.txt"; exit 1; }
+nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
 
 case "$stage" in
-test) suites | run_suites ;;
+test)
+    within "$(left 2)" "$python" -m pip install --no-build-isolation --no-deps -e . > "$logs/install.log" 2>&1 &
+    tests kernels "$(($(left) * 4 / 5))" "${kernels[@]}"
+    wait $!
+    note $? "pip install (the CUDA extension)"
+    tests others "$(left)" -m gpu "${others[@]}"
+    ;;
 sanitize)
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else an access beyond a tensor ends in a neighbour's memory, unseen
+    shares=3
     for tool in memcheck racecheck initcheck; do
-        echo "== $tool"
-        suites kernels | sed "s/^/${tool}_/" | run_suites compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all
-    done ;;
+        tests "$tool" "$(left $((shares--)))" compute-sanitizer --tool "$tool" --target-processes all \
+            --error-exitcode 99 --log-file "$logs/$tool.%p.txt" -- -k "not graph" "${kernels[@]}"
+        grep -hE "Invalid|Race reported|Uninitialized|Misaligned|ERROR SUMMARY: [^0]" "$logs/$tool".*.txt 2> /dev/null \
+            | cut -c 1-160 | sort | uniq -c | sort -rn | head -n 12
+    done
+    ;;
 tune)
-    timeout "$((limit + 20))" "$python" -m resnet_fused tune --model resnet50 --model resnet18 --model resnet34 --jobs "$(nproc)" \
-        --budget "$limit" --out "$out/table.json" 2>&1 | tee "$out/tune.log" | tail -n 60 ;;
+    budget=$(($(left) - 30))
+    within "$(left)" "$python" -m resnet_fused tune --jobs "$(nproc)" --budget $((budget > 1 ? budget : 1)) "${arguments[@]}" \
+        > "$logs/tune.log" 2>&1
+    note $? tune
+    cp resnet_fused/tuning/tables/*.json "$out" 2> /dev/null
+    grep -E ": .*(is wrong|Error)" "$logs/tune.log" | cut -c 1-200 | head -n 25
+    tail -n 30 "$logs/tune.log" | cut -c 1-200
+    ;;
 bench)
-    "$python" -m pytest --benchmark benchmarks --benchmark-budget "$limit" --benchmark-json "$out/benchmark.json" ${ARGS:-} 2>&1 \
-        | tee "$out/bench.log" | tail -n 80 ;;
+    ((${#arguments[@]})) || arguments=(benchmarks -m headline)
+    sm="$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')"
+    within "$(left 3)" "$python" tools/compile_kernels.py --models resnet50 --targets "$sm" --jobs "$(nproc)" \
+        > "$logs/compile.log" 2>&1
+    echo "kernels compiled ahead: $(tail -n 1 "$logs/compile.log")"
+    budget=$(($(left) - 60))
+    within "$(left)" "$python" -m pytest --benchmark --benchmark-budget $((budget > 1 ? budget : 1)) \
+        --benchmark-json "$out/benchmark.json" -p no:cacheprovider -rfE --tb=short "${arguments[@]}" > "$logs/bench.log" 2>&1
+    note $? bench
+    grep -E "^(FAILED|ERROR) " "$logs/bench.log" | cut -c 1-240 | head -n 15
+    "$python" -m resnet_fused report --show "$out/benchmark.json" > "$logs/summary.txt" 2>&1
+    head -c 9000 "$logs/summary.txt"
+    tail -n 1 "$logs/bench.log"
+    ;;
 profile)
-    timeout "$limit" "$python" -m resnet_fused profile resnet50 --block layer1.1 --mode train --tool ncu --batch 64 --dtype bf16 \
-        --out "$out/ncu" 2>&1 | tee "$out/ncu.log" | tail -n 60
-    timeout "$limit" "$python" -m resnet_fused profile resnet50 --mode train --tool torch --batch 256 --dtype bf16 \
-        --out "$out/torch" 2>&1 | tee "$out/torch.log" | tail -n 60 ;;
-*) echo "stage: expected test, sanitize, tune, bench or profile, got $stage" >&2; exit 2 ;;
+    step=(profile resnet50 --mode train --dtype bf16)
+    within "$(left 2)" "$python" -m resnet_fused "${step[@]}" --block layer1.1 --tool ncu --batch 64 \
+        --out "$logs/ncu" "${arguments[@]}" > "$logs/ncu.log" 2>&1
+    note $? ncu
+    tail -c 5500 "$logs/ncu.log"
+    # Without the filter for the block it takes longer, and says more of what went wrong.
+    [[ -s "$logs/ncu/kernels.csv" ]] || within "$(left 2)" "$python" -m resnet_fused "${step[@]}" --tool ncu --batch 32 \
+        --out "$logs/ncu_step" "${arguments[@]}" > "$logs/ncu_step.log" 2>&1
+    within "$(left)" "$python" -m resnet_fused "${step[@]}" --tool torch --batch 256 --out "$logs/torch" \
+        "${arguments[@]}" > "$logs/torch.log" 2>&1
+    note $? torch
+    tail -c 5500 "$logs/torch.log"
+    ;;
 esac
+exit $worst

@@ -119,14 +119,17 @@ def measure(
     case: Case, impls: Iterable[str], settings: Settings, clock: timing.Clock = timing.clock
 ) -> dict[str, Result]:
     """Verify and time ``impls`` of ``case``; every one of them has a result."""
+    impls = tuple(impls)
     kept, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         return _measure(case, impls, settings, clock)
+    except Exception as error:  # no memory for the operands, say: measured again for every row it would fail again
+        return {impl: _failed(impl, error) for impl in impls}
     finally:
         torch.backends.cudnn.benchmark = kept
 
 
-def _measure(case: Case, impls: Iterable[str], settings: Settings, clock: timing.Clock) -> dict[str, Result]:
+def _measure(case: Case, impls: tuple[str, ...], settings: Settings, clock: timing.Clock) -> dict[str, Result]:
     bench = case.open(settings.device)
     judge = _Judge(bench)
     ready: dict[str, Prepared] = {}
@@ -193,9 +196,13 @@ def _verified(bench: Bench, impl: str, judge: _Judge) -> tuple[Prepared | None, 
     except Unavailable as error:
         return None, Result(unmeasured=str(error))
     except Exception as error:
-        # As text: the frames of a traceback would keep the operands on the device.
-        fails = impl.removesuffix(GRAPH) == FUSED
-        return None, Result(first_line(error), "".join(traceback.format_exception(error)) if fails else None)
+        return None, _failed(impl, error)
+
+
+def _failed(impl: str, error: Exception) -> Result:
+    # As text: the frames of a traceback would keep the operands on the device.
+    fails = impl.removesuffix(GRAPH) == FUSED
+    return Result(first_line(error), "".join(traceback.format_exception(error)) if fails else None)
 
 
 def first_line(error: Exception) -> str:

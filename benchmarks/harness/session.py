@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import subprocess
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from harness import rows
-from harness.protocol import Result
+from harness.protocol import Case, Result
 from resnet_fused.cli import ceilings, machine
 
 DEVICE = machine.device("auto")
@@ -52,7 +53,7 @@ class Recorder:
     budget_s: float | None
     begun: float | None = None
     results: dict[str, dict[str, Result]] = field(default_factory=dict)
-    unmeasured: list[dict[str, Any]] = field(default_factory=list)
+    unmeasured: dict[str, tuple[Case, str, str]] = field(default_factory=dict)  # row -> case, implementation, why
 
     def over(self) -> str | None:
         """Why no further case is measured; None while there is time."""
@@ -63,6 +64,7 @@ class Recorder:
         return f"beyond --benchmark-budget {self.budget_s:g}"
 
 
+@functools.cache
 def machine_info() -> dict[str, Any]:
     """The device, its clocks and ceilings, and the versions of the peers, "not installed" where they are not."""
     cuda = DEVICE.type == "cuda"

@@ -1,7 +1,8 @@
 """Errors against fp64, and when a result is wrong.
 
-**Error.** ``norm(value - exact) / norm(exact)`` of a whole tensor; of a packed mask the share of bits that differ. A
-row reports the greatest over its tensors. **Bound.** Twice PyTorch's own error in the same dtype plus a floor.
+**Error.** ``norm(value - exact) / norm(exact)``: of each image of an activation, since in a whole batch a wrong tile
+would be lost among roundings, else of a whole tensor; of a packed mask the share of bits that differ. A row reports the
+greatest over images and tensors. **Bound.** Twice PyTorch's own error in the same dtype plus a floor.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused.cli.compare import FACTOR
+
+WEIGHT = "dw"  # the name of a weight's gradient, whose first axis is no batch
 
 
 class Beyond(Exception):
@@ -28,9 +31,10 @@ def check(
     """
     errors, theirs = {}, {}
     for name in found.keys() & exact.keys():
-        errors[name] = relative(found[name], exact[name])
+        error = relative if name == WEIGHT else by_image
+        errors[name] = error(found[name], exact[name])
         if name in eager:
-            theirs[name] = relative(eager[name], exact[name])
+            theirs[name] = error(eager[name], exact[name])
             if not theirs[name] <= worst:
                 raise Beyond(f"PyTorch's own {name} is off by {theirs[name]:.1e} of its norm, {worst:g} allowed")
         allowed = FACTOR * theirs.get(name, 0.0) + floor
@@ -41,14 +45,25 @@ def check(
     return max(errors.values()), max(theirs.values(), default=0.0)
 
 
+def by_image(value: Tensor, exact: Tensor) -> float:
+    """The greatest error of an image of a (N, C, H, W) tensor; of other tensors the error of all."""
+    if exact.dim() != 4 or value.shape != exact.shape:
+        return relative(value, exact)
+    wrong, size = (torch.linalg.vector_norm(t, dim=(1, 2, 3)) for t in (value.double() - exact, exact))
+    return _finite((wrong / size.clamp_min(1e-30)).max())
+
+
 def relative(value: Tensor, exact: Tensor) -> float:
     """The error of one tensor; infinite where the shapes differ or a value is NaN."""
     if value.shape != exact.shape:
         return float("inf")
     if exact.dtype == torch.uint8:
         return (_bits(value) != _bits(exact)).double().mean().item()
-    difference = (value.double() - exact).norm() / exact.norm().clamp_min(1e-30)
-    return difference.item() if torch.isfinite(difference) else float("inf")
+    return _finite((value.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def _finite(error: Tensor) -> float:
+    return error.item() if torch.isfinite(error) else float("inf")
 
 
 def _bits(packed: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ SUMMARY = "tables and plots of the committed benchmark results; comparison of tw
 DESCRIPTION = """\
 Write docs/results.md, docs/figures/ and the results in README.md from the files in benchmarks/results, and from them
 alone: the same files give the same text. --trim makes such a file of what `pytest --benchmark --benchmark-json` wrote;
---compare holds two of either kind against each other.
+--show prints a line for each case of a file of either kind, --compare holds two against each other.
 Exit code 1 if --check finds a text that would change, or --compare a regression."""
 EXAMPLES = """\
 examples:
   %(prog)s
   %(prog)s --check
+  %(prog)s --show raw.json
   %(prog)s --trim raw.json --out benchmarks/results/nvidia_h200.json
   %(prog)s --compare benchmarks/results/nvidia_h200.json new.json --fail-above 5
 """
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--root", type=Path, default=Path(), metavar="DIR", help="the repository (default: the current folder)"
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if anything would change")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print a line for each case and write nothing")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of one device")
     parser.add_argument(
         "--fail-above", type=_percent, default=5.0, metavar="PERCENT", help="of --compare: how much longer (default: 5)"
@@ -59,12 +61,34 @@ def _percent(text: str) -> float:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    """Compare, trim, or write the report."""
+    """Show, compare, trim, or write the report."""
+    if args.show:
+        return _show(args, out)
     if args.compare:
         return _compare(args, out)
     if args.trim or args.out:
         return _trim(args, out)
     return _write(args, out)
+
+
+def _show(args: argparse.Namespace, out: Output) -> int:
+    results = read(args.show)
+    lines = [_line(case, fastest(own)) for case, own in _cases(results.rows).items()]
+    lines += [f"not measured: {line}" for line in _unmeasured(results)]
+    out.emit({"lines": lines})
+    if not out.json_mode:
+        print("\n".join(lines))
+    return 0
+
+
+def _line(case: str, best: dict[str, Row]) -> str:
+    """This package's time, and how many times as long each peer takes; without it the peers' own times."""
+    ours = best.get(FUSED)
+    if ours is None:
+        return f"{case}: " + ", ".join(f"{row.impl} {row.median * 1e6:,.1f} us" for row in best.values())
+    peers = [f"{row.impl} {row.median / ours.median:.2f}x" for peer, row in best.items() if peer != FUSED]
+    bound = [f"{text} of bound"] if (text := _of_bound(ours)) else []
+    return ", ".join([f"{case}: {ours.impl} {ours.median * 1e6:,.1f} us", *bound, *peers])
 
 
 def _trim(args: argparse.Namespace, out: Output) -> int:
@@ -192,8 +216,7 @@ def _document(pages: Sequence[str]) -> str:
 def _page(results: Results, drawn: Sequence[str]) -> str:
     sections = [f"## {results.device}\n", _machine(results)]
     if results.unmeasured:
-        lines = [f"- {impl} ({rows} rows): {reason}" for (impl, reason), rows in sorted(results.unmeasured.items())]
-        sections += ["### Not measured\n", "\n".join(lines) + "\n"]
+        sections += ["### Not measured\n", "".join(f"- {line}\n" for line in _unmeasured(results))]
     networks = results.of(kind="network")
     if networks:
         sections += [
@@ -210,6 +233,10 @@ def _page(results: Results, drawn: Sequence[str]) -> str:
         sections += ["### Kernels\n", _KERNEL_NOTE, _kernels(kernels)]
     sections += [f"![{name}](figures/{results.stem}-{name}.svg)\n" for name in drawn]
     return "\n".join(sections)
+
+
+def _unmeasured(results: Results) -> list[str]:
+    return [f"{impl} ({rows} rows): {reason}" for (impl, reason), rows in sorted(results.unmeasured.items())]
 
 
 _KERNEL_NOTE = (
@@ -339,10 +366,14 @@ def _present(rows: Iterable[Row]) -> list[str]:
 
 def _settings(rows: Sequence[Row], *keys: str) -> list[tuple[tuple[Any, ...], list[Row]]]:
     """The cases in the order in which they come, with their values of these keys."""
+    return [(tuple(_text(own[0].info.get(key)) for key in keys), own) for own in _cases(rows).values()]
+
+
+def _cases(rows: Sequence[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.case, []).append(row)
-    return [(tuple(_text(own[0].info.get(key)) for key in keys), own) for own in groups.values()]
+    return groups
 
 
 def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

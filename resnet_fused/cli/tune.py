@@ -80,6 +80,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise UsageError("expected TRITON_INTERPRET to be unset, got kernels that are interpreted")
     device = torch.device("cuda", torch.cuda.current_device())
     path = args.out or tables.path_of(torch.cuda.get_device_name(device))
+    if not path.parent.is_dir():
+        raise UsageError(f"argument --out: expected a file in a folder that exists, got {str(path)!r}")
     deadline = math.inf if args.budget is None else time.monotonic() + args.budget
     return _tune(args, out, device, path, deadline)
 

@@ -41,7 +41,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 
         return
     if 0 in grid:
         return
-    first = next(a for a in arguments.values() if isinstance(a, Tensor))
+    held = (getattr(a, "base", a) for a in arguments.values())  # of a tensor descriptor: the tensor that it describes
+    first = next(t for t in held if isinstance(t, Tensor))
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
             kernel[grid](**arguments, num_warps=warps, num_stages=stages)

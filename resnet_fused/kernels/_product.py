@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,7 +34,9 @@ def precision(dtype: torch.dtype) -> str:
 
     The latter keeps 21 or more of fp32's 24 bits of a product, and the matrix units.
     """
-    if dtype != torch.float32 or torch.backends.cudnn.allow_tf32:
+    cudnn: Any = torch.backends.cudnn
+    # The precision of convolutions alone: `allow_tf32` raises where it differs from that of recurrent networks.
+    if dtype != torch.float32 or cudnn.conv.fp32_precision == "tf32":
         return "tf32"
     return "tf32x3"
 
@@ -61,6 +63,11 @@ def matrix(weight: Tensor) -> Tensor:
 def row_groups(warps: int, rows: int, columns: int, dtype: torch.dtype) -> int:
     """How many rows of a (rows, columns) tile a program's threads access at once, 16 bytes each."""
     return min(rows, max(1, 32 * warps * (16 // dtype.itemsize) // columns))
+
+
+def parts_at_once(warps: int, programs: int, columns: int) -> int:
+    """How many programs' partial results of ``columns`` channels the last one reads at once: 32 values a thread."""
+    return max(1, min(triton.next_power_of_2(programs), 1024 * warps // columns))
 
 
 def described(matrix: Tensor, tile: tuple[int, int]) -> TensorDescriptor:

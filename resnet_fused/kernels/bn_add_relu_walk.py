@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import tuning
-from resnet_fused.kernels._launch import cdiv, multiprocessors, rows
+from resnet_fused.kernels._launch import cdiv, multiprocessors, rows, vector
 from resnet_fused.tuning import RowsConfig
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -109,10 +109,13 @@ def candidates(problem: Problem) -> tuple[RowsConfig, ...]:
     """The configurations worth measuring, the conservative one first.
 
     An H200 reaches its bandwidth with some 40 KB in flight on a multiprocessor. These ask for 64 KB, which is 128 loads
-    of 16 bytes by whole warps, with at most 32 warps. A tile is ``accesses`` such loads of a thread from each tensor.
+    of 16 bytes by whole warps, with no more warps than fit at once: a persistent program that has to wait for another's
+    end is then alone. A tile is ``accesses`` such loads of a thread from each tensor.
     """
     vector = _vector(problem)
     streams = max(1, cdiv(problem.read * vector, 16))  # tensors read
+    # A thread has up to 80 registers; sums beside a result or a third operand take up to 128.
+    fitting = 16 if problem.sums and (problem.written or streams > 2) else 24
 
     def config(warps: int, accesses: int, width: int, programs: int | None = None) -> RowsConfig:
         channels = min(width, power_of_2(problem.channels))
@@ -120,7 +123,7 @@ def candidates(problem: Problem) -> tuple[RowsConfig, ...]:
         if problem.images_apart:
             tile = min(tile, power_of_2(problem.pixels))
         if programs is None:
-            programs = max(1, min(128 // (warps * accesses * streams), 32 // warps))
+            programs = max(1, min(128 // (warps * accesses * streams), fitting // warps))
         return RowsConfig(tile, channels, warps, programs)
 
     # Four accesses of each of several tensors take more registers than ptxas is willing to give: it spills some.
@@ -136,11 +139,14 @@ def candidates(problem: Problem) -> tuple[RowsConfig, ...]:
     elif problem.sums:
         # The last program reads the sums of all: few programs of many warps; tiles are narrow, so that the channels
         # are merged by several programs at the same time.
-        found = config(16, many, 64), config(8, few, 64), config(4, few, 64), config(8, few, 128)
+        found = (
+            config(8, many, 64), config(8, few, 64), config(8, few, 64, 4), config(4, few, 64), config(16, many, 64, 1),
+            config(8, few, 128),
+        )  # fmt: skip
     else:
         # A warp reads 512 bytes of a row, and 32 of the mask. Persistent programs read the per-channel vectors once;
         # with 0 each tile has a program of its own: the next one starts sooner than a loop turns.
-        persistent = config(4, many, 256), config(4, few, 256), config(8, few, 256)
+        persistent = config(4, many, 256), config(4, few, 256, 8), config(8, few, 256, 4)
         found = *persistent, config(4, many, 256, 0), config(4, few, 256, 0), config(8, few, 512, 0)
     return tuple(dict.fromkeys(found))
 
@@ -203,8 +209,8 @@ def walk(op: str, args: tuple) -> Walk:
 
 
 def sign_rows(sign: Tensor | None) -> Tensor | None:
-    """A packed mask as it is, values as a (M, C) matrix."""
-    return sign if sign is None or sign.dtype == torch.uint8 else rows(sign)
+    """A packed mask in contiguous memory, values as a (M, C) matrix."""
+    return vector(sign) if sign is None or sign.dtype == torch.uint8 else rows(sign)
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------

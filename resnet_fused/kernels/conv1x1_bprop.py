@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_fused.kernels._device import arrives_last, sum_partials
 from resnet_fused.kernels._launch import cdiv, counters, is_wide, launch, multiprocessors, rows, vector
 from resnet_fused.kernels._operands import load_mask, load_tile, load_vector, read_gradient, within
-from resnet_fused.kernels._product import SHORT, mask_words
+from resnet_fused.kernels._product import SHORT, mask_words, parts_at_once
 from resnet_fused.kernels.conv1x1_wgrad import (
     empty_weight,
     load_columns,
@@ -37,6 +37,7 @@ def bprop_kernel(
     M, K, C, programs, skip_scale,
     STAGES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, FOLDED: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """``dx = dy @ weight + skip_scale * skip'``, back through ``act(x * scale + shift)``; ``dw = dy.T @ act(...)``.
 
@@ -115,11 +116,11 @@ def bprop_kernel(
             tl.store(part_sums + 2 * programs * C + own, tl.sum(sum_slope, axis=0), mask=n_there)
         if arrives_last(arrivals, programs):
             if mean is not None:
-                tl.store(dbeta + n, sum_partials(part_sums, programs, C, n, n < C, 16), mask=n < C)
-                total = sum_partials(part_sums + programs * C, programs, C, n, n < C, 16)
+                tl.store(dbeta + n, sum_partials(part_sums, programs, C, n, n < C, PARTS), mask=n < C)
+                total = sum_partials(part_sums + programs * C, programs, C, n, n < C, PARTS)
                 tl.store(dgamma + n, total, mask=n < C)
             if slope is not None:
-                total = sum_partials(part_sums + 2 * programs * C, programs, C, n, n < C, 16)
+                total = sum_partials(part_sums + 2 * programs * C, programs, C, n, n < C, PARTS)
                 tl.store(dslope + n, total, mask=n < C)
 
 
@@ -212,6 +213,7 @@ def bprop_narrow(
         M=m, K=k, C=channels, programs=programs, skip_scale=float(skip_scale),
         STAGES=config.stages, BM=config.k, BK=bk, BC=bc, FOLDED=config.k if bc <= 64 else 2048 // bc,
         EVEN_M=m % config.k == 0, EVEN_K=k == bk, EVEN_C=channels == bc, WIDE=is_wide(dz, x),
+        PARTS=parts_at_once(config.warps, programs, bc),
     )  # fmt: skip
     merge(part_dw, dw)
     return (dx, *found, dw)

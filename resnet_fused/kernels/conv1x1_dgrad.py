@@ -18,6 +18,7 @@ from resnet_fused.kernels._product import (
     fit,
     mask_words,
     matrix,
+    parts_at_once,
     precision,
     row_groups,
     walkers,
@@ -96,7 +97,7 @@ def dgrad_kernel(
     STRIDE: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
     ONE_STEP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``dx[row(m), n] = act'(sum_k dy[m, k] * weight[k, n] + skip_scale * skip'[row(m), n])``.
 
@@ -194,11 +195,11 @@ def dgrad_kernel(
             tl.store(part_dslope + at, tl.sum(sum_lost, axis=0), mask=n_there)
         if arrives_last(arrivals + column, programs):
             if SUMS:
-                tl.store(dbeta + n, sum_partials(part_dbeta, programs, N, n, n < N, 16), mask=n_there)
-                total = sum_partials(part_dgamma, programs, N, n, n < N, 16)
+                tl.store(dbeta + n, sum_partials(part_dbeta, programs, N, n, n < N, PARTS), mask=n_there)
+                total = sum_partials(part_dgamma, programs, N, n, n < N, PARTS)
                 tl.store(dgamma + n, total * load_vector(rstd, n, n_there), mask=n_there)
             if slope is not None:
-                tl.store(dslope + n, sum_partials(part_dslope, programs, N, n, n < N, 16), mask=n_there)
+                tl.store(dslope + n, sum_partials(part_dslope, programs, N, n, n < N, PARTS), mask=n_there)
 
 
 def dgrad(
@@ -255,5 +256,6 @@ def dgrad(
         PRECISION=precision(weight.dtype),
         BM=bm, BN=bn, BK=bk, GROUPS=row_groups(config.warps, bm, bn, x.dtype), STAGES=config.stages, ONE_STEP=bk >= k,
         EVEN_M=m % bm == 0, EVEN_N=columns % bn == 0, EVEN_K=k % bk == 0, WIDE=is_wide(x, dz), DESCRIPTORS=descriptors,
+        PARTS=parts_at_once(config.warps, programs, bn),
     )  # fmt: skip
     return dx, sums[0], sums[1], sums[2]

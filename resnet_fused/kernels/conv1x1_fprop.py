@@ -16,6 +16,7 @@ from resnet_fused.kernels._product import (
     empty_activation,
     fit,
     matrix,
+    parts_at_once,
     precision,
     walkers,
 )
@@ -58,7 +59,7 @@ def fprop_kernel(
     STRIDE: tl.constexpr, RELU: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
     ONE_STEP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``y[m, n] = act_out(sum_k act(x[row(m), k] * scale[k] + shift[k]) * weight[n, k] + bias[n] + residual[m, n])``.
 
@@ -138,7 +139,7 @@ def fprop_kernel(
         tl.store(part_mean + program * N + c, own_mean, mask=c_there)
         tl.store(part_m2 + program * N + c, own_m2, mask=c_there)
         if arrives_last(arrivals + column, programs):
-            merge_statistics(part_mean, part_m2, mean, m2, programs, M, N, c, c < N, BM, 16)
+            merge_statistics(part_mean, part_m2, mean, m2, programs, M, N, c, c < N, BM, PARTS)
             if column == 0:
                 tl.store(counts, M)
 
@@ -201,5 +202,6 @@ def forward(
         STRIDE=stride, RELU=relu, STATISTICS=statistics, PRECISION=precision(x.dtype),
         BM=bm, BN=bn, BK=bk, WARPS=config.warps, STAGES=config.stages, ONE_STEP=bk >= k,
         EVEN_M=m % bm == 0, EVEN_N=columns % bn == 0, EVEN_K=k % bk == 0, WIDE=is_wide(x, y), DESCRIPTORS=descriptors,
+        PARTS=parts_at_once(config.warps, programs, bn),
     )  # fmt: skip
     return y, counts, mean, m2

@@ -193,7 +193,7 @@ def merge(part: Tensor, out: Tensor) -> None:
     block = 64 if out.numel() <= 2**16 else 256
     launch(
         merge_kernel, (cdiv(out.numel(), block),), warps=4, part=part, out=out, splits=part.shape[0], SIZE=out.numel(),
-        BLOCK=block, PARTS=16,
+        BLOCK=block, PARTS=4096 // block,  # 32 values a thread
     )  # fmt: skip
 
 
