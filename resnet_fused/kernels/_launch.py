@@ -105,13 +105,21 @@ _counters: dict[tuple[int, int], Tensor] = {}
 _COUNTERS = 4096
 
 
+def _captures(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured into a graph."""
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def counters(device: torch.device, needed: int) -> Tensor:
     """Zeros (int32) that a kernel counts its programs' arrivals in, and leaves at zero again.
 
     One buffer for each device and stream, since kernels of one stream follow each other. A graph may be replayed in any
     stream: what is captured gets a buffer of its own.
     """
-    if device.type != "cuda" or needed > _COUNTERS or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or needed > _COUNTERS or _captures(device):
         return torch.zeros(needed, dtype=torch.int32, device=device)
     key = device.index, torch.cuda.current_stream(device).cuda_stream
     found = _counters.get(key)
