@@ -12,7 +12,8 @@
 #
 # A stage ends after SECONDS (default 500) and half a minute at most; what it has by then is kept. The exit code is that
 # of its worst command. RESNET_FUSED_BACKEND=triton has bench and profile run kernels that are no default yet. PYTHON
-# names the interpreter (default: python3). Compiled kernels stay in build/triton for the stages that follow.
+# names the interpreter (default: python3). Compiled kernels stay in build/triton for the stages that follow. Wheels in
+# build/wheels are installed first: pytest-xdist, say, without which the tests take one process and many times as long.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -44,6 +45,10 @@ note() { # CODE WHAT: into the exit code, and a line if it is no success
     [[ $1 == 124 || $1 == 137 ]] && echo "$2: out of time" || echo "$2: exit code $1"
     (($1 > worst)) && worst=$1
 }
+
+shopt -s nullglob
+wheels=(build/wheels/*.whl)
+((${#wheels[@]} == 0)) || "$python" -m pip install --quiet --no-index --no-deps "${wheels[@]}" > "$logs/wheels.log" 2>&1 || note $? wheels
 
 parallel=()
 "$python" -c "import xdist" 2> /dev/null && parallel=(-n "$(nproc)" --dist worksteal)
