@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,11 @@ SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", to
 def dtype_id(value: object) -> str | None:
     """A readable id for a dtype; None leaves the id to pytest."""
     return SHORT.get(value) if isinstance(value, torch.dtype) else None
+
+
+def shell_environment() -> dict[str, str]:
+    """The environment without what tells a process that it is a worker of pytest-xdist: pytest run by a test is none."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 # --- error ----------------------------------------------------------------------------------------------------------

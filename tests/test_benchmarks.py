@@ -21,7 +21,7 @@ import torch
 from cases import NETWORKS
 from harness import cudnn_graphs, eager, jax_peer, kernels, networks, onnx_peer, plan, protocol, rows, session, verify
 from harness.protocol import Prepared, Settings, Unavailable
-from helpers import assert_close, randn
+from helpers import assert_close, randn, shell_environment
 from torch import nn
 from torchvision import models
 
@@ -599,7 +599,7 @@ def test_runs_of_one_machine_compare_as_equal():
 
 def run_pytest(*arguments):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--benchmark", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=shell_environment(), capture_output=True, text=True, check=False)
 
 
 def test_one_command_times_and_writes_a_document(tmp_path):
@@ -652,7 +652,8 @@ def test_a_row_without_a_time_is_in_the_document(tmp_path):
     )
     chosen = "smoke and (pool or spread)", "--benchmark-json", str(path), "-p", "breaking"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "benchmarks/bench_kernels.py"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT / "benchmarks", ROOT, TESTS)))}
+    paths = (tmp_path, ROOT / "benchmarks", ROOT, TESTS)
+    environment = shell_environment() | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run([*command, "-k", *chosen], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stdout
     document = json.loads(path.read_text())
@@ -726,7 +727,7 @@ def on_gpu(tmp_path, *arguments, **environment):
     known = {"PYTHON": str(folder / "python"), "CALLS": str(folder / "calls"), **environment}
     known["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
     command = [str(ROOT / "tools" / "on_gpu.sh"), *arguments]
-    done = subprocess.run(command, env=os.environ | known, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=shell_environment() | known, capture_output=True, text=True, check=False)
     calls = folder / "calls"
     return done, calls.read_text().splitlines() if calls.exists() else []
 

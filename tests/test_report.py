@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from helpers import shell_environment
 
 from resnet_fused import cli
 from resnet_fused.cli import report, results
@@ -210,10 +210,8 @@ def test_what_pytest_benchmark_writes_is_trimmed_and_read(tmp_path, capsys) -> N
         subprocess.run([*git, *command], cwd=tmp_path, check=True, capture_output=True)
     raw = tmp_path.parent / f"{tmp_path.name}.json"
     options = ["--benchmark-json", raw, "--benchmark-max-time=0.01", "-q", "-p", "no:cacheprovider"]
-    # As in a shell: what tells a worker of xdist that it is one is left out.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-B", "-m", "pytest", *options]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=env)
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=shell_environment())
     out = tmp_path / "results" / "gpu.json"
     code, text, error = call(capsys, "--trim", raw, "--out", out)
     assert code == 0, error
