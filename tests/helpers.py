@@ -23,7 +23,7 @@ def dtype_id(value: object) -> str | None:
 
 
 def shell_environment() -> dict[str, str]:
-    """The environment without what tells a process that it is a worker of pytest-xdist: pytest run by a test is none."""
+    """The environment without what tells a process that it is a worker of xdist: pytest run by a test is none."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
