@@ -58,20 +58,6 @@ def rows_of(program, programs, rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def add_tile(mean, m2, seen, values, valid, count):
-    """Merge a tile's statistics into ``(mean, m2)`` of ``seen`` rows (Chan, Golub & LeVeque).
-
-    values: (ROWS, CHANNELS) fp32. valid: (ROWS, 1). count, seen: rows as fp32, count > 0.
-    """
-    tile_mean = tl.sum(tl.where(valid, values, 0.0), axis=0) / count
-    deviation = tl.where(valid, values - tile_mean[None, :], 0.0)
-    tile_m2 = tl.sum(deviation * deviation, axis=0)
-    delta = tile_mean - mean
-    share = count / (seen + count)
-    return mean + delta * share, m2 + tile_m2 + delta * delta * (seen * share)
-
-
-@triton.jit
 def merge_statistics(
     part_mean, part_m2, mean, m2, programs, rows, channels, c, valid, ROWS: tl.constexpr, PARTS: tl.constexpr
 ):

@@ -130,7 +130,8 @@ def counters(device: torch.device, needed: int) -> Tensor:
 
 # --- what every kernel asks of its tensors ----------------------------------------------------------------------------
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""The dtypes that kernels read, as problems name them."""
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:
@@ -142,7 +143,7 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     for t in given:
         if t.device != first.device:
             return f"the kernel reads one device only, and tensors are on {first.device} and {t.device}"
-        if t.is_floating_point() and t.dtype not in _DTYPES:
+        if t.is_floating_point() and t.dtype not in SHORT:
             return f"the kernel is written for float32, float16 and bfloat16, not {t.dtype}"
     if any(t.dim() == 4 and t.numel() == 0 for t in given):
         return "a tensor is empty"

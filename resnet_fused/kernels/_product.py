@@ -12,8 +12,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from resnet_fused.kernels._launch import multiprocessors, rows
 from resnet_fused.tuning import ProductConfig
 
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
 
 class Product(NamedTuple):
     """What a configuration of a 1x1 product is chosen for: (rows, depth) x (depth, columns)."""

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from resnet_fused import tuning
 from resnet_fused.kernels._device import arrives_last, merge_statistics
-from resnet_fused.kernels._launch import cdiv, counters, is_wide, launch, multiprocessors, rows, unsupported, vector
+from resnet_fused.kernels._launch import (
+    SHORT,
+    cdiv,
+    counters,
+    is_wide,
+    launch,
+    multiprocessors,
+    rows,
+    unsupported,
+    vector,
+)
 from resnet_fused.kernels.bn_add_relu_tiles import add_rows, merge_rows
 from resnet_fused.tuning import RowsConfig
 
@@ -178,16 +188,13 @@ class Problem(NamedTuple):
     vectors: bool  # the work is on vectors: one program for each block of channels
 
 
-_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
 def problem(op: str, *args: Tensor | float | None) -> Problem:
     """Of ``op`` on its arguments."""
     first = args[0]
     assert isinstance(first, Tensor)
     if op == "bn_statistics":
         channels = first.shape[1]
-        return Problem(_NAMES[first.dtype], first.numel() // channels, channels, False)
+        return Problem(SHORT[first.dtype], first.numel() // channels, channels, False)
     if op == "bn_coefficients":
         return Problem("fp32", 1, first.shape[0], True)
     mean = args[1]

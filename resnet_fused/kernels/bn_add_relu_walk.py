@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused import tuning
-from resnet_fused.kernels._launch import cdiv, multiprocessors, rows, vector
+from resnet_fused.kernels._launch import SHORT, cdiv, multiprocessors, rows, vector
 from resnet_fused.tuning import RowsConfig
-
-_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Problem(NamedTuple):
@@ -34,7 +32,7 @@ def problem(op: str, *args: Any) -> Problem:
     first = args[0]
     n, c, h, w = first.shape
     traffic = _TRAFFIC[op.removeprefix("bn_add_relu_")](*args)
-    return Problem(n, h * w, c, _NAMES[first.dtype], *traffic)
+    return Problem(n, h * w, c, SHORT[first.dtype], *traffic)
 
 
 def _bytes(*tensors: Tensor | None) -> int:

@@ -15,8 +15,8 @@ from resnet_fused import config, tuning
 from resnet_fused.kernels import conv1x1_bprop as narrow_bprop
 from resnet_fused.kernels import conv1x1_wgrad as weight_gradient
 from resnet_fused.kernels import materialised
-from resnet_fused.kernels._launch import unsupported
-from resnet_fused.kernels._product import SHORT, Product, is_bits, product_candidates
+from resnet_fused.kernels._launch import SHORT, unsupported
+from resnet_fused.kernels._product import Product, is_bits, product_candidates
 from resnet_fused.kernels.conv1x1_dgrad import dgrad
 from resnet_fused.kernels.conv1x1_fprop import forward
 from resnet_fused.reference import no_statistics, output_size

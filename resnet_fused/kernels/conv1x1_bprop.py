@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._device import arrives_last, sum_partials
-from resnet_fused.kernels._launch import cdiv, counters, is_wide, launch, multiprocessors, rows, vector
+from resnet_fused.kernels._launch import SHORT, cdiv, counters, is_wide, launch, multiprocessors, rows, vector
 from resnet_fused.kernels._operands import load_mask, load_tile, load_vector, read_gradient, within
-from resnet_fused.kernels._product import SHORT, mask_words, parts_at_once
+from resnet_fused.kernels._product import mask_words, parts_at_once
 from resnet_fused.kernels.conv1x1_wgrad import (
     empty_weight,
     load_columns,

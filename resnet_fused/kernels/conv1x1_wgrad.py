@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._device import prelu, relu
-from resnet_fused.kernels._launch import cdiv, is_wide, launch, multiprocessors, rows, vector
+from resnet_fused.kernels._launch import SHORT, cdiv, is_wide, launch, multiprocessors, rows, vector
 from resnet_fused.kernels._operands import input_rows, load_mask, load_tile, load_vector, read_gradient, within
-from resnet_fused.kernels._product import SHORT, mask_words, precision
+from resnet_fused.kernels._product import mask_words, precision
 from resnet_fused.tuning import ProductConfig
 
 

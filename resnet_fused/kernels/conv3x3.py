@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from resnet_fused.kernels import materialised
-from resnet_fused.kernels._product import SHORT
+from resnet_fused.kernels._launch import SHORT
 from resnet_fused.kernels.materialised import bprop, dgrad, fprop, infer, wgrad
 from resnet_fused.tuning import Materialised
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fused import tuning
-from resnet_fused.kernels._launch import cdiv, counters, launch, multiprocessors, rows, unsupported, vector
+from resnet_fused.kernels._launch import SHORT, cdiv, counters, launch, multiprocessors, rows, unsupported, vector
 from resnet_fused.kernels.stem_passes import apply_kernel, forward_kernel, reduce_kernel
 from resnet_fused.ops._op import empty_channels_last
 from resnet_fused.tuning import Config, Materialised, RowsConfig
@@ -44,7 +44,6 @@ class Inference(NamedTuple):
 
 # The greatest key of a number: infinity's bits, all codes.
 _INFINITY = {torch.float32: 0x7F80_0000_0000_000F, torch.float16: 0x7F80_000F, torch.bfloat16: 0x7F80_000F}
-_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def problem(op: str, *args: Any) -> Problem | Inference:
@@ -52,12 +51,12 @@ def problem(op: str, *args: Any) -> Problem | Inference:
     if op == "stem_infer":
         x, weight, _, stride, _ = args
         images, _, height, width = x.shape
-        return Inference(_NAMES[x.dtype], images, weight.shape[0], height, width, weight.shape[2], stride)
+        return Inference(SHORT[x.dtype], images, weight.shape[0], height, width, weight.shape[2], stride)
     backward = op != "stem_forward"
     y = args[1 if backward else 0]
     assert y is not None
     images, channels, height, width = y.shape
-    return Problem(_NAMES[y.dtype], images, channels, height, width, backward)
+    return Problem(SHORT[y.dtype], images, channels, height, width, backward)
 
 
 def candidates(problem: Problem | Inference) -> tuple[Config, ...]:
