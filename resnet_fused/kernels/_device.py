@@ -106,8 +106,8 @@ def sum_partials(part, programs, channels, c, valid, PARTS: tl.constexpr):
 # A program adds up what its threads hold once, at its end; while it walks over its tiles every thread keeps its own.
 #
 # In the layout of a product's result a thread holds, of 16 rows of its warp, the rows r and r + 8. Sums over these (and
-# over the warp's other 16-row parts) need no exchange between threads. So a program keeps partial results of shape
-# (WARPS, 8, COLUMNS) while it walks over its tiles, and adds them up across threads once, at its end.
+# over the warp's other 16-row parts) need no exchange between threads: partial results are (WARPS, 8, COLUMNS).
+# In the layout of loads and stores a thread has 16 bytes of every GROUPS-th row: partial results are (GROUPS, COLUMNS).
 
 
 @triton.jit

@@ -41,10 +41,11 @@ def precision(dtype: torch.dtype) -> str:
 
 def fit(config: ProductConfig, columns: int, depth: int) -> tuple[int, int, int]:
     """The configuration's tile, no wider or deeper than the problem needs (powers of two from 16 on)."""
-    return config.m, min(config.n, _padded(columns)), min(config.k, _padded(depth))
+    return config.m, min(config.n, padded(columns)), min(config.k, padded(depth))
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """The tile that holds ``size`` channels: a power of two, at least the 16 of a matrix instruction."""
     return max(16, triton.next_power_of_2(size))
 
 

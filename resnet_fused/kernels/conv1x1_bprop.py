@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_fused.kernels._device import arrives_last, sum_partials
 from resnet_fused.kernels._launch import SHORT, cdiv, counters, is_wide, launch, multiprocessors, rows, vector
 from resnet_fused.kernels._operands import load_mask, load_tile, load_vector, read_gradient, within
-from resnet_fused.kernels._product import mask_words, parts_at_once
+from resnet_fused.kernels._product import mask_words, matrix, padded, parts_at_once
 from resnet_fused.kernels.conv1x1_wgrad import (
     empty_weight,
     load_columns,
@@ -158,19 +158,15 @@ def problem(
     return Problem(dz.numel() // k, k, channels, stride, SHORT[weight.dtype], *terms)
 
 
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def narrow(problem: Problem) -> bool:
     """Whether a program can hold the whole weight and its gradient, and reads every pixel of the input."""
-    k, c = _padded(problem.k), _padded(problem.c)
+    k, c = padded(problem.k), padded(problem.c)
     return problem.stride == 1 and problem.dtype != "fp32" and max(k, c) <= 256 and k * c <= 64 * 256
 
 
 def candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     """Tiles of all of K and C. A deeper one has room only where both are small; then two programs have too."""
-    k, c = _padded(problem.k), _padded(problem.c)
+    k, c = padded(problem.k), padded(problem.c)
     of_k = 1 + problem.y + (problem.sign == "values")
     of_c = 1 + problem.deferred + (problem.skip != "none") + (problem.skip == "values")
     row = 2 * k * of_k + 2 * c * of_c + (k + c) // 8
@@ -190,7 +186,7 @@ def bprop_narrow(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``(dx, dbeta, dgamma, dslope, dw)``: the op ``conv1x1_bprop`` where :func:`narrow` holds for ``key``."""
     m, k, channels, device = key.rows, key.k, key.c, dz.device
-    bk, bc = _padded(k), _padded(channels)
+    bk, bc = padded(k), padded(channels)
     programs = min(multiprocessors(device) * config.programs, cdiv(m, config.k))
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dw = empty_weight(weight, dtype)
@@ -205,7 +201,7 @@ def bprop_narrow(
         bprop_kernel, (programs,), warps=config.warps, stages=config.stages,
         dz=rows(dz), sign=mask_words(sign, k, bk), y=None if y is None else rows(y),
         a=vector(a), b=vector(b), c=vector(c),
-        weight=weight.flatten(1).contiguous(), x=rows(x), scale=vector(scale), shift=vector(shift), slope=vector(slope),
+        weight=matrix(weight), x=rows(x), scale=vector(scale), shift=vector(shift), slope=vector(slope),
         mean=vector(mean), rstd=vector(rstd), skip=None if skip is None else rows(skip),
         skip_sign=mask_words(skip_sign, channels, bc), dx=rows(dx), part_dw=part_dw,
         part_sums=torch.empty((3, programs, channels), dtype=torch.float32, device=device) if summed else None,

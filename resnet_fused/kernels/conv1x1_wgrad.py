@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet_fused.kernels._device import prelu, relu
 from resnet_fused.kernels._launch import SHORT, cdiv, is_wide, launch, multiprocessors, rows, vector
 from resnet_fused.kernels._operands import input_rows, load_mask, load_tile, load_vector, read_gradient, within
-from resnet_fused.kernels._product import mask_words, precision
+from resnet_fused.kernels._product import mask_words, padded, precision
 from resnet_fused.tuning import ProductConfig
 
 
@@ -203,7 +203,7 @@ def wgrad(
     """Gradient of the weight in ``dtype``: the op ``conv1x1_wgrad``."""
     k, channels = weight.shape[:2]
     m = dz.numel() // k
-    bk, bc = (min(tile, max(16, triton.next_power_of_2(n))) for tile, n in ((config.m, k), (config.n, channels)))
+    bk, bc = (min(tile, padded(n)) for tile, n in ((config.m, k), (config.n, channels)))
     tiles = cdiv(k, bk) * cdiv(channels, bc)
     splits = max(1, multiprocessors(dz.device) * config.programs // tiles)
     splits = min(splits, cdiv(m, config.k))
