@@ -5,9 +5,12 @@
 
 #include "batch_norm/finalize.h"
 #include "common/device.h"
+#include "conv3x3/register.h"
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "CUDA kernels of resnet_fused, free of torch.";
+    module.attr("emulated") = false;
     resnet_fused::register_device(module);
     resnet_fused::register_batch_norm(module);
+    resnet_fused::conv3x3::register_conv3x3(module);
 }

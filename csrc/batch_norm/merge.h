@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define RESNET_FUSED_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define RESNET_FUSED_HOST_DEVICE inline
-#endif
+#include "common/host_device.h"
 
 namespace resnet_fused {
 

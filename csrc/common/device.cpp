@@ -1,6 +1,5 @@
 #include "common/device.h"
 
-#include <cuda.h>  // types only: libcuda is reached through the runtime, never linked
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
@@ -11,22 +10,6 @@ namespace resnet_fused {
 namespace {
 
 namespace py = pybind11;
-
-// A driver function by name, or null where there is no driver.
-void* driver_function(const char* name) {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    const cudaError_t status = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t status = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
-#endif
-    if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) {
-        cudaGetLastError();
-        return nullptr;
-    }
-    return function;
-}
 
 py::dict properties(int device) {
     cudaDeviceProp prop{};
@@ -67,14 +50,6 @@ py::dict device_info() {
 }
 
 }  // namespace
-
-bool has_context(int device) {
-    using State = CUresult (*)(CUdevice, unsigned*, int*);
-    static const auto state = reinterpret_cast<State>(driver_function("cuDevicePrimaryCtxGetState"));
-    unsigned flags = 0;
-    int active = 0;
-    return state == nullptr || state(device, &flags, &active) != CUDA_SUCCESS || active != 0;
-}
 
 void register_device(py::module_& module) {
     module.def("device_info", &device_info,

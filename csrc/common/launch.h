@@ -1,13 +1,18 @@
-// What every launch needs: the right device, a grid whose size is checked, and the launch's error.
+// What every launch needs: the right device and what it can do, a grid whose size is checked, and the launch's error.
 
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/check.h"
-#include "common/device.h"
+#include "common/driver.h"
+#ifdef RESNET_FUSED_EMULATED
+#include "emulator/launch.h"
+#endif
 
 namespace resnet_fused {
 
@@ -46,5 +51,35 @@ inline unsigned grid_x(std::int64_t amount, std::int64_t share, const char* op, 
 
 // Reports what the launch itself got wrong. It does not wait for the kernel.
 #define RESNET_FUSED_CHECK_LAUNCH() RESNET_FUSED_CUDA(cudaGetLastError())
+
+int multiprocessors(int device);
+int capability(int device);            // 90 for 9.0
+std::size_t shared_limit(int device);  // bytes of dynamic shared memory that a block can have
+
+// Lets a kernel have all of shared_limit on the current device; asks CUDA once per kernel and device.
+void allow_shared(const void* kernel);
+
+// Blocks of a kernel that run at a time on one multiprocessor of the current device; asks CUDA once.
+int blocks_per_multiprocessor(const void* kernel, unsigned block, std::size_t shared_bytes);
+
+template <class... P>
+int blocks_per_multiprocessor(void (*kernel)(P...), unsigned block, std::size_t shared_bytes) {
+    return blocks_per_multiprocessor(reinterpret_cast<const void*>(kernel), block, shared_bytes);
+}
+
+// Enqueues `grid` blocks of `block` threads on `stream`, whose device must be current.
+template <class... P>
+void launch(void (*kernel)(P...), unsigned grid, unsigned block, std::size_t shared_bytes, cudaStream_t stream,
+            const std::common_type_t<P>&... arguments) {
+    const auto* const handle = reinterpret_cast<const void*>(kernel);
+    allow_shared(handle);
+#ifdef RESNET_FUSED_EMULATED
+    static_cast<void>(stream);
+    emulator::launch(handle, grid, block, shared_bytes, [&] { kernel(arguments...); });
+#else
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    RESNET_FUSED_CUDA(cudaLaunchKernel(handle, dim3(grid), dim3(block), pointers, shared_bytes, stream));
+#endif
+}
 
 }  // namespace resnet_fused
