@@ -49,10 +49,10 @@ test-gpu: $(INSTALLED) ## All tests, those that need a GPU included; fails where
 bench: $(INSTALLED) ## Time kernels, blocks and networks beside their peers, what matters most first, for BUDGET seconds
 	$(PY) -m pytest --benchmark --benchmark-budget $(BUDGET) $(ARGS)
 
-sanitize: $(INSTALLED) ## The GPU tests under compute-sanitizer: memcheck, racecheck, initcheck
+sanitize: $(INSTALLED) ## The GPU tests under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 	@command -v compute-sanitizer > /dev/null || { echo "sanitize: compute-sanitizer is not on PATH (it is part of the CUDA toolkit)" >&2; exit 1; }
 	@$(NEEDS_GPU)
-	for tool in memcheck racecheck initcheck; do \
+	for tool in memcheck racecheck initcheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
 	    $(PY) -m pytest -m gpu $(ARGS) || exit 1; \
 	done

@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from resnet_fused import config
 
 logger = logging.getLogger("resnet_fused")
@@ -33,6 +35,7 @@ class Implementation:
     bind: Callable[..., Callable[..., Any] | None] | None  # like run, but returns a function of the activations alone
     consume: Callable[..., Any] | None  # like run, but may write over the gradients among its arguments
     preferred: Callable[..., bool] | None  # False: a later backend was measured to be faster on these arguments
+    candidates: Callable[..., tuple[Any, ...]] | None  # the configurations that these arguments leave to choose from
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -54,10 +57,12 @@ def register(
     bind: Callable[..., Callable[..., Any] | None] | None = None,
     consume: Callable[..., Any] | None = None,
     preferred: Callable[..., bool] | None = None,
+    candidates: Callable[..., tuple[Any, ...]] | None = None,
 ) -> None:
     """Add ``backend``'s implementation of ``op``; see :class:`Implementation`."""
-    config.check_backend(backend, "register")
-    found = Implementation(backend, run, unsupported_reason, default, bind, consume, preferred)
+    if backend not in config.BACKENDS:
+        raise ValueError(f"register: expected one of {', '.join(config.BACKENDS)}, got {backend!r}")
+    found = Implementation(backend, run, unsupported_reason, default, bind, consume, preferred, candidates)
     _table.setdefault(op, {})[backend] = found
 
 
@@ -79,6 +84,9 @@ def forced() -> str:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend on every op within the context; ``"auto"`` restores the choice.
+
+    Of several, with commas between them, an op takes the first that supports its arguments, or one behind that if the
+    tables say it is faster. Kernels that no GPU has proved take part.
 
     Raises:
         ValueError: ``name`` is no backend.
@@ -105,23 +113,41 @@ def choose(op: str, *args: Any) -> Implementation:
         NotImplementedError: the forced backend cannot run them; the text says why.
     """
     name = forced()
-    if name != "auto":
+    if name in config.BACKENDS:
         reason = unavailable(op, name, *args)
         if reason is not None:
             raise NotImplementedError(
                 f"{op}: expected arguments that the forced backend {name} supports, got: {reason}"
             )
         return _table[op][name]
-    for backend in config.BACKENDS:
-        found = _table[op].get(backend)
-        if found is not None and found.default:
-            reason = found.unsupported_reason(*args)
-            if reason is None:
-                if found.preferred is None or found.preferred(*args):
-                    return found
-                reason = SLOWER
-            note_fallback(f"{op}[{backend}]", reason, level=logging.DEBUG)
-    raise NotImplementedError(f"{op}: expected arguments that some backend supports, got none that does")
+    slower: Implementation | None = None  # supports the arguments, where what is faster there is not asked for
+    for found in _in_order(op, name):
+        reason = found.unsupported_reason(*args)
+        if reason is None:
+            if found.preferred is None or found.preferred(*args):
+                return found
+            slower, reason = slower or found, SLOWER
+        note_fallback(f"{op}[{found.backend}]", reason, level=logging.DEBUG)
+    if slower is not None:
+        return slower
+    asked = "some backend" if name == "auto" else f"one of the forced backends {name}"
+    raise NotImplementedError(f"{op}: expected arguments that {asked} supports, got none that does")
+
+
+def _in_order(op: str, name: str) -> list[Implementation]:
+    """What may run ``op`` under the forced ``name``, best first."""
+    names = config.BACKENDS if name == "auto" else name.split(",")
+    found = (_table.get(op, {}).get(backend) for backend in names)
+    return [f for f in found if f is not None and (f.default or name != "auto")]
+
+
+def expected(op: str, device: torch.device, name: str = "auto") -> str:
+    """The backend that ``op`` tries first on ``device`` with ``name`` forced; ``"none"`` where none of it can run."""
+    if name in config.BACKENDS:
+        return name
+    on_gpu = device.type == "cuda"
+    able = (f.backend for f in _in_order(op, name) if on_gpu or f.backend not in ("cuda", "triton"))
+    return next(able, "none")
 
 
 def note_fallback(name: str, reason: str, *, level: int = logging.INFO) -> None:

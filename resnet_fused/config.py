@@ -11,7 +11,7 @@ BACKENDS = ("cuda", "triton", "aten", "reference")
 
 @functools.cache
 def backend() -> str:
-    """``RESNET_FUSED_BACKEND`` when first asked for: the backend forced on every op, or ``"auto"``.
+    """``RESNET_FUSED_BACKEND`` when first asked for: the backend forced on every op, several in order, or ``"auto"``.
 
     Raises:
         ValueError: the variable is set to an unknown name.
@@ -20,10 +20,15 @@ def backend() -> str:
 
 
 def check_backend(name: str, where: str) -> str:
-    """``name`` itself when it is ``"auto"`` or a backend's name; a ValueError that names ``where`` otherwise."""
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{where}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
-    return name
+    """``name`` itself when it is ``"auto"``, a backend's name, or several in order with commas between them.
+
+    Raises:
+        ValueError: it is none of these; the text names ``where``.
+    """
+    names = name.split(",") if isinstance(name, str) else []
+    if name == "auto" or (names and set(names) <= set(BACKENDS) and len(set(names)) == len(names)):
+        return name
+    raise ValueError(f"{where}: expected one of auto, {', '.join(BACKENDS)}, or several with commas, got {name!r}")
 
 
 def triton_interprets() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_fused import backends, config
+from resnet_fused import backends
 from resnet_fused.blocks import paths
 from resnet_fused.convert import FUSED, candidates, reason_to_decline
 
@@ -121,16 +121,7 @@ def _backends(module: Any, kind: str) -> dict[str, str]:
         names = [f"conv{k}x{k}_{direction}" for k in kernels for direction in _OPS["conv"]] + list(_OPS["block"])
     forced = module._resnet_fused_backend
     forced = backends.forced() if forced == "auto" else forced
-    return {name: forced if forced != "auto" else preferred(name, device) for name in names}
-
-
-def preferred(op: str, device: torch.device) -> str:
-    """The backend that is tried first for ``op`` on ``device`` in the absence of a forced one."""
-    for name in config.BACKENDS:
-        found = backends.implementations(op).get(name)
-        if found is not None and found.default and (name not in ("cuda", "triton") or device.type == "cuda"):
-            return name
-    raise RuntimeError(f"{op}: expected an implementation, got none")
+    return {name: backends.expected(name, device, forced) for name in names}
 
 
 # --- explain --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,6 +27,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The extension's module, the emulated one where there is no GPU. What kernels do not write is NaN."""
+    from resnet_fused import extension
+    from resnet_fused.cuda import conv3x3
+
+    if not torch.cuda.is_available():
+        import emulated
+
+        emulated.module().settings()
+        monkeypatch.setattr(extension, "module", emulated.module())
+    elif extension.module is None:
+        pytest.skip(str(extension.reason))
+    conv3x3._built.cache_clear()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield extension.module
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -126,14 +126,19 @@ def test_contexts_nest_and_restore():
     assert backends.forced() == "auto"
 
 
-@pytest.mark.parametrize("name", ["Aten", "", "cudnn", None])
+@pytest.mark.parametrize("name", ["Aten", "", "cudnn", "aten,cudnn", "aten,", "aten,aten", "auto,aten", None])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match=r"use_backend: expected one of auto, cuda, triton, aten, reference, got "):
+    with pytest.raises(ValueError, match=r"use_backend: expected one of auto, cuda, triton, aten, reference, or "):
         with backends.use_backend(name):
             pass
-    with pytest.raises(ValueError, match="register: expected one of auto, cuda, triton, aten, reference, got "):
+    with pytest.raises(ValueError, match="register: expected one of cuda, triton, aten, reference, got "):
         backends.register("nothing", name, print)
     assert backends.implementations("nothing") == {}
+
+
+def test_a_backend_is_registered_alone():
+    with pytest.raises(ValueError, match="register: expected one of cuda, triton, aten, reference, got 'cuda,aten'"):
+        backends.register("nothing", "cuda,aten", print)
 
 
 def test_public_name():
@@ -186,8 +191,43 @@ def test_a_backend_that_is_not_default_is_only_run_when_forced(monkeypatch):
 
 
 def test_no_kernel_that_a_gpu_has_not_run_is_default():
-    """The CUDA kernel of bn_finalize is registered, and must be forced."""
-    assert not backends.implementations("bn_finalize")["cuda"].default
+    found = [backends.implementations(op).get(name) for op in backends.operations() for name in ("cuda", "triton")]
+    registered = [f for f in found if f is not None]
+    assert len(registered) > 20
+    assert not any(f.default for f in registered)
+
+
+def test_of_several_the_first_that_supports_the_arguments_runs(monkeypatch):
+    table: dict = {}
+    monkeypatch.setitem(backends._table, "spare", table)
+    backends.register("spare", "cuda", print, lambda n: "too large" if n > 1 else None, default=False)
+    backends.register("spare", "triton", print, lambda n: "too large" if n > 2 else None, default=False)
+    backends.register("spare", "aten", print)
+    chosen = {}
+    for names in ("cuda,triton,aten", "triton,cuda", "aten,cuda"):
+        with backends.use_backend(names):
+            chosen[names] = [backends.choose("spare", n).backend for n in (1, 2)]
+    assert chosen == {
+        "cuda,triton,aten": ["cuda", "triton"],
+        "triton,cuda": ["triton", "triton"],
+        "aten,cuda": ["aten", "aten"],
+    }
+    with backends.use_backend("triton,cuda"), pytest.raises(NotImplementedError) as caught:
+        backends.choose("spare", 3)
+    assert str(caught.value) == (
+        "spare: expected arguments that one of the forced backends triton,cuda supports, got none that does"
+    )
+
+
+def test_of_several_one_that_is_slower_runs_only_where_nothing_else_is_left(monkeypatch):
+    table: dict = {}
+    monkeypatch.setitem(backends._table, "spare", table)
+    backends.register("spare", "cuda", print, default=False, preferred=lambda: False)
+    backends.register("spare", "aten", print)
+    with backends.use_backend("cuda,aten"):
+        assert backends.choose("spare") is table["aten"]
+    with backends.use_backend("cuda,triton"):
+        assert backends.choose("spare") is table["cuda"]
 
 
 def test_a_fallback_is_counted_each_time_and_logged_once(caplog, monkeypatch):

@@ -721,7 +721,7 @@ def on_gpu(tmp_path, *arguments, **environment):
     """The script with an interpreter that runs nothing, in a folder with a blank."""
     folder = tmp_path / "a folder"
     folder.mkdir(exist_ok=True)
-    for name in ("python", "nvidia-smi"):
+    for name in ("python", "nvidia-smi", "cmake", "ctest"):
         (folder / name).write_text(INTERPRETER)
         (folder / name).chmod(0o755)
     known = {"PYTHON": str(folder / "python"), "CALLS": str(folder / "calls"), **environment}
@@ -742,13 +742,18 @@ def test_the_gpu_script_sums_up_and_keeps_the_logs(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "tests/test_kernels_x.py::test_y[1-a b] - AssertionError: off" in done.stdout
     assert "kernels: 1 failed, 2 passed" in done.stdout
-    kernels, others = (call for call in calls if "-m pytest" in call)
+    kernels, cuda, others = (call for call in calls if "-m pytest" in call)
     assert "tests/test_kernels_conv1x1.py" in kernels
+    assert "cuda" not in kernels
+    assert "tests/test_cuda_conv3x3.py" in cuda
+    assert any("-m pip install" in call for call in calls[: calls.index(cuda)]), "the extension is there by then"
     assert "compiled" not in kernels
     assert "-m gpu tests/test_extension.py" in others
     assert kernels.endswith("-k a and not b")
     with tarfile.open(out / "test.tar.gz") as archive:
-        assert {"./kernels.log", "./others.log", "./install.log"} <= set(archive.getnames())
+        assert {"./kernels.log", "./cuda.log", "./others.log", "./install.log", "./wrappers.log"} <= set(
+            archive.getnames()
+        )
 
 
 @needs_coreutils

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import importlib.util
 import json
 import os
@@ -13,23 +15,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import emulated
 import pytest
 
 from resnet_fused import extension
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = emulated.ROOT
 BINARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def _load_cuda_build():
-    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "tools" / "cuda_build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cuda_build"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-cuda_build = _load_cuda_build()
+cuda_build = emulated.cuda_build()
 
 
 def script(path: Path, text: str) -> Path:
@@ -348,24 +343,6 @@ def test_unknown_values_end_the_installation(machine, variable):
 # --- the code itself --------------------------------------------------------------------------------------------------
 
 
-def test_merge_arithmetic_on_the_host(tmp_path):
-    """Built from CMakeLists.txt and run: the header that the kernel uses, against sums in long double."""
-    path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
-    missing = [name for name in ("cmake", "ninja", "c++") if shutil.which(name, path=path) is None]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)} on PATH")
-
-    def run(*command):
-        done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    options = ["-DRESNET_FUSED_BUILD_EXTENSION=OFF", "-DRESNET_FUSED_BUILD_TESTS=ON"]
-    run("cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *options, "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON")
-    run("cmake", "--build", tmp_path)
-    assert re.search(r"merge: \d{4,} checks, 0 failures", run(tmp_path / "test_merge"))
-
-
 def _cuobjdump() -> str | None:
     """The toolkit's, or the one that Triton's package carries."""
     spec = importlib.util.find_spec("triton")
@@ -381,25 +358,48 @@ def sass():
     tool = _cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton's package")
-    dump = subprocess.run([tool, "-sass", extension.module.__file__], capture_output=True, text=True, check=True).stdout
-    kernels, arch = {}, None
-    for line in dump.splitlines():
-        if found := re.match(r"arch = (\w+)", line):
-            arch = found[1]
-        elif found := re.search(r"Function : (\S+)", line):
-            kernels[arch, found[1]] = code = []
-        elif kernels:
-            code.append(line)
+    archs = [arch.removesuffix("+ptx") for arch in extension.build_info()["archs"]]
+    kernels = {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for arch, dump in zip(archs, pool.map(functools.partial(_dump, tool), archs), strict=True):
+            for line in dump.splitlines():
+                if found := re.search(r"Function : (\S+)", line):
+                    kernels[arch, found[1]] = code = []
+                elif kernels:
+                    code.append(line)
     return {key: "\n".join(code) for key, code in kernels.items()}
 
 
+def _dump(tool: str, arch: str) -> str:
+    command = [tool, "-sass", "-arch", arch, extension.module.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_every_recorded_architecture_has_every_kernel(sass):
-    archs = {arch.removesuffix("+ptx") for arch in extension.build_info()["archs"]}
-    assert {arch for arch, _ in sass} == archs
-    for arch in archs:
+    for arch in {arch.removesuffix("+ptx") for arch in extension.build_info()["archs"]}:
         names = [kernel for of, kernel in sass if of == arch]
         assert sum("finalize_kernel" in name for name in names) == 2  # int32 counts of tiles, int64 counts of slices
         assert sum("merge_slices_kernel" in name for name in names) == 1
+
+
+PORTABLE, HOPPER = ("14conv3x3_kernel", "12wgrad_kernel"), ("19sm90_conv3x3_kernel", "17sm90_wgrad_kernel")  # mangled
+
+
+def test_convolutions_multiply_and_copy_with_the_instructions_of_their_chip(sass):
+    """mma.sync and cp.async everywhere, and wgmma, with the bulk copy engine, on sm_90a alone."""
+    types = {f"4TypeE{i}E" for i in range(4)}  # fp16, bf16, fp32, tf32
+    for arch in {arch for arch, _ in sass}:
+        codes = {kernel: code for (of, kernel), code in sass.items() if of == arch}
+        for name in PORTABLE:
+            found = {kernel: code for kernel, code in codes.items() if name in kernel}
+            assert {t for t in types if any(t in kernel for kernel in found)} == types, (arch, name)
+            assert all("HMMA." in code and "LDGSTS" in code for code in found.values()), (arch, name)
+            assert not any("HGMMA" in code for code in found.values())
+        for name in HOPPER:
+            found = {kernel: code for kernel, code in codes.items() if name in kernel}
+            assert bool(found) == (arch == "sm_90a"), (arch, name)
+            assert all("HGMMA" in code for code in found.values()), name
+            assert all("UTMALDG" in code for code in found.values()) or "wgrad" in name
 
 
 def test_kernels_keep_everything_in_registers(sass):

@@ -443,7 +443,10 @@ def test_unknown_backend_is_refused_first():
     before = state_of(model)
     with pytest.raises(ValueError) as caught:
         fuse(model, backend="cudnn")
-    assert str(caught.value) == "fuse: expected one of auto, cuda, triton, aten, reference, got 'cudnn'"
+    assert (
+        str(caught.value)
+        == "fuse: expected one of auto, cuda, triton, aten, reference, or several with commas, got 'cudnn'"
+    )
     assert state_of(model) == before
 
 

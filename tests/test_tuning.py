@@ -21,7 +21,17 @@ from resnet_fused import backends, cli, tuning
 from resnet_fused.cli import tune
 from resnet_fused.cli.output import Output, UsageError
 from resnet_fused.kernels import module_of
-from resnet_fused.tuning import Materialised, ProductConfig, RowsConfig, calls, choice, configs, measure, tables
+from resnet_fused.tuning import (
+    ConvConfig,
+    Materialised,
+    ProductConfig,
+    RowsConfig,
+    calls,
+    choice,
+    configs,
+    measure,
+    tables,
+)
 from resnet_fused.tuning.calls import Call
 
 SMALL, LARGE, ODD = (RowsConfig(rows, 64, 4, 2) for rows in (8, 16, 24))
@@ -57,15 +67,21 @@ def chosen(problem: Rows, op: str = "bn_add_relu_mask") -> tuning.Config:
 # --- configurations and files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [SMALL, ProductConfig(128, 64, 32, 4, 3, descriptors=True), Materialised()], ids=str)
+CONV = ConvConfig("hopper", 256, 128, "halo")
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, ProductConfig(128, 64, 32, 4, 3, descriptors=True), Materialised(), CONV], ids=str
+)
 def test_a_configuration_survives_a_file(config):
     assert configs.from_json(json.loads(json.dumps(configs.to_json(config)))) == config
 
 
 def test_labels_tell_configurations_apart():
-    found = [SMALL, LARGE, ProductConfig(64, 64, 32, 4, 3), ProductConfig(64, 64, 32, 4, 3, 2), Materialised()]
+    found = [SMALL, LARGE, ProductConfig(64, 64, 32, 4, 3), ProductConfig(64, 64, 32, 4, 3, 2), Materialised(), CONV]
     assert len({configs.label(config) for config in found}) == len(found)
     assert configs.label(SMALL) == "rows rows=8 channels=64 warps=4 programs=2"
+    assert configs.label(CONV) == "conv chip=hopper rows=256 columns=128 feed=halo"
 
 
 def test_a_table_survives_a_file(tmp_path):
@@ -241,6 +257,18 @@ def test_what_the_code_does_not_know_is_told():
     assert "expected problem to have the fields" in measure.unknown(good._replace(problem={"images": 1}))
     assert "expected config to be a candidate" in measure.unknown(good._replace(config=ODD))
     assert "expected a configuration for triton" in measure.unknown(good._replace(config=None))
+    assert "expected a configuration for triton" in measure.unknown(good._replace(backend="aten"))
+
+
+@pytest.mark.parametrize("direction", ["fprop", "infer", "dgrad", "wgrad", "bprop"])
+def test_an_entry_of_the_extension_has_a_configuration_where_there_is_a_choice(direction):
+    op = f"conv3x3_{direction}"
+    key = module_of(op).problem(op, *samples(op, maker(torch.float16))[0])
+    chosen = None if direction == "bprop" else CONV
+    good = tables.Entry(op, key._asdict(), "cuda", chosen, {"cuda": 1.0})
+    assert measure.unknown(good) is None
+    assert measure.unknown(good._replace(config=CONV if chosen is None else None)) is not None
+    assert measure.unknown(good._replace(config=SMALL)) is not None
 
 
 # --- the calls of a model -------------------------------------------------------------------------------------------

@@ -4,15 +4,15 @@
 #   tools/on_gpu.sh STAGE OUT [SECONDS [ARGUMENT...]]
 #
 #   test       the kernels' tests, then every other one that needs a GPU, a process for each CPU; pytest's arguments
-#   sanitize   the kernels' tests under compute-sanitizer: memcheck, racecheck, initcheck; pytest's arguments
+#   sanitize   the kernels' tests under compute-sanitizer: memcheck, racecheck, initcheck, synccheck; pytest's arguments
 #   tune       the table of this GPU, in place and copied to OUT; arguments of `python -m resnet_fused tune`
 #   bench      OUT/benchmark.json; pytest's arguments (default: benchmarks -m headline)
 #   profile    a Bottleneck of ResNet-50, forward and backward, under ncu, then a training step under torch.profiler;
 #              arguments of `python -m resnet_fused profile`
 #
 # A stage ends after SECONDS (default 500) and half a minute at most; what it has by then is kept. The exit code is that
-# of its worst command. RESNET_FUSED_BACKEND=triton has bench and profile run kernels that are no default yet. PYTHON
-# names the interpreter (default: python3). Compiled kernels stay in build/triton for the stages that follow. Wheels in
+# of its worst command. RESNET_FUSED_BACKEND=cuda,triton,aten has bench and profile run kernels that are no default yet.
+# PYTHON names the interpreter (default: python3). Compiled kernels stay in build/triton for the stages that follow. Wheels in
 # build/wheels are installed first: pytest-xdist, say, without which the tests take one process and many times as long.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -69,7 +69,22 @@ tests() { # NAME SECONDS [WRAPPER... --] ARGUMENT...: pytest, and a summary of w
     [[ $code == 5 ]] || note $code "$name" # 5: ARGUMENT... left no test
 }
 
-mapfile -t kernels < <(grep -l "import.* DEVICE\|^from kernel_helpers" tests/test_*.py | grep -v compiled)
+extension() { # SECONDS: the CUDA extension for this GPU, which takes a minute the first time
+    within "$1" "$python" -m pip install --no-build-isolation --no-deps -e . > "$logs/install.log" 2>&1
+}
+
+wrappers() { # SECONDS: what kernels use of PTX, by the tests that the emulator of it passes
+    local folder=build/gpu options=(-DCMAKE_CUDA_ARCHITECTURES=native -DRESNET_FUSED_BUILD_TESTS=ON)
+    options+=("-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)" "-DPython_EXECUTABLE=$(command -v "$python")")
+    {
+        within "$1" cmake -S . -B "$folder" -G Ninja "${options[@]}" \
+            && within "$1" cmake --build "$folder" --target test_gpu_mma test_gpu_sm90 \
+            && within "$1" ctest --test-dir "$folder" -R gpu --output-on-failure
+    } > "$logs/wrappers.log" 2>&1
+}
+
+mapfile -t cuda < <(grep -l "cuda_kernels" tests/test_*.py)
+mapfile -t kernels < <(grep -l "import.* DEVICE\|^from kernel_helpers" tests/test_*.py | grep -v compiled | grep -vxF "$(printf "%s\n" "${cuda[@]}")")
 mapfile -t others < <(grep -lE "mark\.gpu|DEVICES" tests/test_*.py | grep -vxF "$(printf "%s\n" "${kernels[@]}")")
 
 "$python" -m resnet_fused info > "$logs/info.txt" 2>&1 || { tail -n 3 "$logs/info.txt"; exit 1; }
@@ -77,23 +92,28 @@ nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
 
 case "$stage" in
 test)
-    within "$(left 2)" "$python" -m pip install --no-build-isolation --no-deps -e . > "$logs/install.log" 2>&1 &
-    tests kernels "$(($(left) * 4 / 5))" "${kernels[@]}"
+    (extension "$(left 2)" && wrappers "$(left 2)") &
+    tests kernels "$(($(left) * 3 / 5))" "${kernels[@]}"
     wait $!
-    note $? "pip install (the CUDA extension)"
+    note $? "the CUDA extension, or its wrappers' tests"
+    tests cuda "$(($(left) * 3 / 5))" "${cuda[@]}"
     tests others "$(left)" -m gpu "${others[@]}"
     ;;
 sanitize)
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else an access beyond a tensor ends in a neighbour's memory, unseen
-    shares=3
-    for tool in memcheck racecheck initcheck; do
+    extension "$(left 4)"
+    note $? "the CUDA extension"
+    shares=4
+    for tool in memcheck racecheck initcheck synccheck; do
         tests "$tool" "$(left $((shares--)))" compute-sanitizer --tool "$tool" --target-processes all \
-            --error-exitcode 99 --log-file "$logs/$tool.%p.txt" -- -k "not graph" "${kernels[@]}"
-        grep -hE "Invalid|Race reported|Uninitialized|Misaligned|ERROR SUMMARY: [^0]" "$logs/$tool".*.txt 2> /dev/null \
+            --error-exitcode 99 --log-file "$logs/$tool.%p.txt" -- -k "not graph" "${cuda[@]}" "${kernels[@]}"
+        grep -hE "Invalid|Race reported|Uninitialized|Misaligned|Barrier error|Divergent|ERROR SUMMARY: [^0]" "$logs/$tool".*.txt 2> /dev/null \
             | cut -c 1-160 | sort | uniq -c | sort -rn | head -n 12
     done
     ;;
 tune)
+    extension "$(left 4)"
+    note $? "the CUDA extension"
     budget=$(($(left) - 30))
     within "$(left)" "$python" -m resnet_fused tune --jobs "$(nproc)" --budget $((budget > 1 ? budget : 1)) "${arguments[@]}" \
         > "$logs/tune.log" 2>&1

@@ -32,9 +32,9 @@ long long product_area(const Launch& launch, const ConvParams& params) {
 }
 
 // The rule where nothing was measured; the least is taken. Hopper's instructions where there are any, by what its
-// launches say that they take. Else: one fill for nine taps where a fill has them all (stride 1), or im2col, which loads
-// no pixel that it does not multiply. The columns that waste fewest products, of these the widest: they read the source
-// least often. The most rows that leave every multiprocessor something to do.
+// launches say that they take. Else: one fill for nine taps where a fill has them all (stride 1), or im2col, which
+// loads no pixel that it does not multiply. The columns that waste fewest products, of these the widest: they read the
+// source least often. The most rows that leave every multiprocessor something to do.
 auto rank(const Launch& launch, const ConvParams& params, int device) {
     const Config& config = launch.config;
     const bool halo_first = params.plan.source_stride == 1;

@@ -132,8 +132,7 @@ __device__ __forceinline__ void load_vectors(const ConvParams& p, int tile_n, in
         for (int i = 0; i < kVectors<kDirection>; ++i) {
             const bool given = of[i] != nullptr && channel < p.target_channels;
             const int at = (group + i) * kLaneChannels + column % kLaneChannels;
-            store_shared_float(vectors + static_cast<std::uint32_t>(at * sizeof(float)),
-                               given ? of[i][channel] : 0.0f);
+            store_shared_float(vectors + static_cast<std::uint32_t>(at * sizeof(float)), given ? of[i][channel] : 0.0f);
         }
     }
 }

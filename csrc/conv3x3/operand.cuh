@@ -25,7 +25,8 @@ struct Rows {
 
 // Where an element stands in a (pixels, channels) tensor; nothing of it is negative, which saves instructions.
 __device__ __forceinline__ std::int64_t element_of(int pixel, int channels, int channel) {
-    const auto row = static_cast<std::uint64_t>(static_cast<std::uint32_t>(pixel)) * static_cast<std::uint32_t>(channels);
+    const auto row =
+        static_cast<std::uint64_t>(static_cast<std::uint32_t>(pixel)) * static_cast<std::uint32_t>(channels);
     return static_cast<std::int64_t>(row + static_cast<std::uint32_t>(channel));
 }
 

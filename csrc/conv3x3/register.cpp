@@ -25,7 +25,7 @@ std::unique_ptr<Direction> make(const Problem& problem, Arguments... arguments) 
 // What the three classes have in common.
 template <class Direction, class Run>
 py::class_<Direction> define(py::module_& module, const char* name, const char* doc, Run run, const char* run_doc) {
-    return py::class_<Direction>(module, name, doc)
+    return py::class_<Direction>(module, name, doc, py::module_local())
         .def_property_readonly("configs", &Direction::configs,
                                "What runs the problem on its device, the default first: (chip, rows, columns, feed).")
         .def_property_readonly("config", &Direction::config, "The configuration that was taken, None for none.")
@@ -55,7 +55,8 @@ void register_conv3x3(py::module_& module) {
                         "A 3x3 convolution on one device; csrc/conv3x3/problem.h has the layout of its tensors.\n\n"
                         "type: fp16, bf16, fp32 (three TF32 products each) or tf32 (one); images, height, width,\n"
                         "channels: of the input. Its methods give what runs it: the arguments say what comes with a\n"
-                        "run, config is one of `configs`, or None for the first. ValueError for what does not fit.")
+                        "run, config is one of `configs`, or None for the first. ValueError for what does not fit.",
+                        py::module_local())
         .def(py::init(&problem_of), py::kw_only(), "type"_a, "images"_a, "height"_a, "width"_a, "channels"_a,
              "filters"_a, "stride"_a, "dilation"_a, "groups"_a, "device"_a)
         .def("fprop", &make<Fprop, bool, bool, bool, bool, bool, const AskedConfig&>, py::kw_only(), "deferred"_a,

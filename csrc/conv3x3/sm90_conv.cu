@@ -10,6 +10,7 @@ namespace resnet_fused::conv3x3 {
 
 namespace {
 
+constexpr int kReach = 1024;  // of copies beyond the last pixel, at most: a tile and a copy
 constexpr int kMinStages = 3;
 constexpr int kMaxStages = 8;
 constexpr int kAheadStages = 3;  // of the ring that are kept for copies under way
@@ -48,10 +49,12 @@ bool choose(const Config& config, Type type, Direction direction, Choice& choice
     if (config.chip != Chip::kHopper) return false;
     const bool fprop = direction == Direction::kFprop;
     if (type == Type::kBf16) {
-        return fprop ? choose<Bf16, Direction::kFprop>(config, choice) : choose<Bf16, Direction::kDgrad>(config, choice);
+        return fprop ? choose<Bf16, Direction::kFprop>(config, choice)
+                     : choose<Bf16, Direction::kDgrad>(config, choice);
     }
     if (type == Type::kFp16) {
-        return fprop ? choose<Fp16, Direction::kFprop>(config, choice) : choose<Fp16, Direction::kDgrad>(config, choice);
+        return fprop ? choose<Fp16, Direction::kFprop>(config, choice)
+                     : choose<Fp16, Direction::kDgrad>(config, choice);
     }
     return false;
 }
@@ -75,12 +78,12 @@ void place(ConvPipeline& line, const Config& config, int consumers, Direction di
     };
     take(line.fills * line.fill_rows, kRowBytes);
     line.weights = take(line.stages * config.columns, kRowBytes);
-    line.pieces = take(line.formers * line.slots, line.piece_bytes);
+    line.pieces = take(line.forming * line.slots, line.piece_bytes);
     line.states = take(consumers * kWarps * config.columns, 2 * sizeof(float));
     line.zeros = take(1, kRowBytes);
-    line.vectors = take(1, fprop ? vector_bytes<Direction::kFprop>(config.columns)
-                                 : vector_bytes<Direction::kDgrad>(config.columns));
-    line.notes = take(line.formers * (line.slots + 1), kNoteBytes);
+    line.vectors = take(
+        1, fprop ? vector_bytes<Direction::kFprop>(config.columns) : vector_bytes<Direction::kDgrad>(config.columns));
+    line.notes = take(line.forming * (line.slots + 1), kNoteBytes);
     line.flag = take(1, 16);
     line.barriers = take(barriers_of(line, consumers), 8);
     line.bytes = at;
@@ -94,7 +97,7 @@ bool divide(ConvPipeline& line, const Config& config, int consumers, Direction d
     line = {};
     line.resident = resident;
     line.direct = is_plain(params.source) && !copies;
-    line.formers = line.direct ? 0 : resident ? kProducerWarps : kProducerWarps - 1;
+    line.forming = line.direct ? 0 : resident ? kProducerWarps : kProducerWarps - 1;
     const int piece_rows = piece_rows_of(direction);
     line.piece_bytes = static_cast<std::uint32_t>(piece_rows * kRowBytes * (params.source.partner != nullptr ? 2 : 1));
     line.fill_rows = round_up(config.rows + params.plan.extra, line.direct ? kDirectRows : piece_rows);
@@ -132,20 +135,23 @@ bool pipeline_of(const Config& config, int consumers, Direction direction, const
            divide(line, config, consumers, direction, params, false, limit);
 }
 
+// Whether the kernels are made for such a problem: whole 16-byte chunks, one group, the form that the direction has, dy
+// kept only where a fill holds a tile's own rows, and pixels that the copy engine can count.
 bool runs(Direction direction, const ConvParams& params) {
     constexpr std::int64_t kLargest = std::numeric_limits<int>::max();
     const Plan& plan = params.plan;
-    const bool whole = params.group_source == params.source.channels && params.vector_source && params.vector_weight &&
-                       params.vector_target;
-    const bool form = direction == Direction::kFprop ? params.source.form != Form::kGradient
-                                                     : params.source.form != Form::kActivated;
-    const std::int64_t pixels = std::int64_t{plan.images} * std::max(plan.source_h * plan.source_w,
-                                                                     plan.grid_h * plan.grid_w);
+    const bool one_group = params.group_source == params.source.channels;
+    const bool whole = params.vector_source && params.vector_weight && params.vector_target;
+    const bool form =
+        direction == Direction::kFprop ? params.source.form != Form::kGradient : params.source.form != Form::kActivated;
+    const std::int64_t pixels =
+        std::int64_t{plan.images} *
+        std::max({plan.source_h * plan.source_w, plan.grid_h * plan.grid_w, plan.target_h * plan.target_w});
     const Class& first = plan.cls[0];
     const bool keeps = params.backward.dy == nullptr ||
                        std::any_of(plan.fill + first.first_fill, plan.fill + first.first_fill + first.fills,
                                    [&](const Fill& fill) { return holds_tile(plan, fill); });
-    return whole && form && keeps && pixels > 0 && pixels + plan.extra + kMaxReach < kLargest;
+    return one_group && whole && form && keeps && pixels > 0 && pixels + plan.extra + kReach < kLargest;
 }
 
 // Cycles of one tile of a class, by a model of what limits a multiprocessor: its tensor cores, the bytes of shared
@@ -174,7 +180,7 @@ double tile_cycles(const Class& cls, const Config& config, const Choice& choice,
     const double reads = taps * config.rows * kRowBytes * (1 + config.columns / 64.0);
     const double shared = reads + weights + rows * kRowBytes * (line.direct ? 1 : 3 + 2 * partners);
     const double cache = weights + rows * kRowBytes * (1 + partners);
-    const double form = line.direct ? 0 : rows * form_cycles / line.formers;
+    const double form = line.direct ? 0 : rows * form_cycles / line.forming;
     const double block = std::max({products, shared / kSharedBytes, cache / kCacheBytes, form});
     const double end = kFragmentEnd * choice.fragments * 2 * config.columns / 32;
     const double hidden = std::min<double>(line.lead, taps) * choice.fragments * 4 * config.columns / 2;
@@ -238,9 +244,11 @@ void encode_sm90_conv(const Launch& launch, Type type, Direction direction, cons
     }
     const bool fprop = direction == Direction::kFprop;
     const auto c = static_cast<std::uint64_t>(params.weight_inner);
-    const std::uint64_t dims[] = {c, kTaps, static_cast<std::uint64_t>(fprop ? params.target_channels : source.channels)};
+    const std::uint64_t dims[] = {c, kTaps,
+                                  static_cast<std::uint64_t>(fprop ? params.target_channels : source.channels)};
     const std::uint64_t strides[] = {c * sizeof(std::uint16_t), c * kTaps * sizeof(std::uint16_t)};
-    const std::uint32_t box[] = {kWeightRows, 1, static_cast<std::uint32_t>(fprop ? launch.config.columns : kWeightRows)};
+    const std::uint32_t box[] = {kWeightRows, 1,
+                                 static_cast<std::uint32_t>(fprop ? launch.config.columns : kWeightRows)};
     encode_tiled(&maps.weight, element, 3, params.weight, dims, strides, box, kOp);
 }
 

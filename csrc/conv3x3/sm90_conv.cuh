@@ -43,11 +43,11 @@ struct WgmmaTile {
 
 // What a step multiplies.
 struct Step {
-    int tap;                // of the class: its bit in the masks
-    int offset;             // from a row of the tile to that of the fill
-    std::uint32_t fill;     // shared addresses
+    int tap;             // of the class: its bit in the masks
+    int offset;          // from a row of the tile to that of the fill
+    std::uint32_t fill;  // shared addresses
     std::uint32_t weights;
-    std::uint32_t full;     // barrier: the weights have come
+    std::uint32_t full;  // barrier: the weights have come
     std::uint32_t parity;
 };
 
@@ -134,6 +134,7 @@ __device__ __forceinline__ void multiply(const ConvParams& p, const Places& plac
             if (lead == 0 && lane == 0) barrier_arrive(next_turn);
         }
         float acc[kFm][kTile::kFn][4] = {};
+        wgmma_fence(acc);
         std::uint32_t done = 0;
         for (int channel = program.channels.begin; channel < program.channels.end; channel += kWeightRows) {
             for (int f = cls.first_fill; f < cls.first_fill + cls.fills; ++f) {
@@ -151,14 +152,14 @@ __device__ __forceinline__ void multiply(const ConvParams& p, const Places& plac
                                     places.weights(stage, kColumns),
                                     places.weights_full(stage),
                                     line.resident ? 0 : weights.phase};
-                    multiply_step<T, kDirection, kTile>(acc, mask, step, places.shared + line.zeros, own_row, lane, done);
+                    multiply_step<T, kDirection, kTile>(acc, mask, step, places.shared + line.zeros, own_row, lane,
+                                                        done);
                     if (!line.resident) {
                         done = places.weights_empty(stage);
                         weights.advance(line.stages);
                     }
                     if (--lead == 0 && line.lead > 0 && lane == 0) barrier_arrive(next_turn);
                 }
-                warp_sync();
                 if (lane == 0) barrier_arrive(places.fill_empty(fills.place));
                 fills.advance(line.fills);
             }
@@ -192,19 +193,18 @@ __device__ __forceinline__ void prepare(const ConvParams& p, const ConvMaps& map
             barrier_init(places.weights_empty(i), kReaders);
         }
         for (int i = 0; i < line.fills; ++i) {
-            barrier_init(places.fill_full(i), line.direct ? 1 : line.formers);
+            barrier_init(places.fill_full(i), line.direct ? 1 : line.forming);
             barrier_init(places.fill_empty(i), kReaders);
         }
-        for (int former = 0; former < line.formers; ++former) {
-            for (int slot = 0; slot < line.slots; ++slot) {
-                barrier_init(places.notes(former) + (slot + 1) * kNoteBytes + kNoteBarrier, 1);
-            }
+        for (int i = 0; i < line.forming * line.slots; ++i) {
+            barrier_init(places.piece_full(i / line.slots, i % line.slots), 1);
         }
         for (int i = 0; i < kTile::kConsumers; ++i) {
             barrier_init(places.turn(i), kWarps);
         }
         barrier_init_fence();
         tma_prefetch(&maps.weight);
+        if (p.plan.source_stride == 1) tma_prefetch(&maps.values);
     }
     block_sync();
 }
@@ -222,17 +222,10 @@ __device__ __forceinline__ void produce(const ConvParams& p, const ConvMaps& map
         return;
     }
     warp_sync();
-    const int former = warp - (kProducerWarps - line.formers);  // where weights are resident, their warp forms as well
-    if (former < 0) return;
-    Former<T, kDirection, kTile>{p,
-                                 maps,
-                                 places,
-                                 program,
-                                 places.pieces(former),
-                                 places.notes(former),
-                                 former * kPieceRows<kDirection>,
-                                 lane}
-        .run();
+    const int forming = warp - (kProducerWarps - line.forming);  // the weights' warp too where they are resident
+    if (forming < 0) return;
+    FormingWarp<T, kDirection, kTile>{p, maps, places, program, places.pieces(forming), places.notes(forming), lane}
+        .run(forming * kPieceRows<kDirection>);
 }
 
 template <class T, Direction kDirection, class kTile>

@@ -1,8 +1,8 @@
 // The warps that form an operand on its way into the fills of sm90_pipeline.cuh.
 //
-// Each of `formers` warps has every formers-th piece of each fill. It brings its pieces `slots` ahead, by the copy
-// engine or, where the pixels are not consecutive, by its threads' own copies; forms them; and writes them to the fill.
-// So it waits for no other warp but where a fill is still being read.
+// Each of n such warps has every n-th piece of each fill. It brings its pieces, `slots` ahead, by the copy engine or,
+// where the pixels are not consecutive, by its threads' own copies; forms them; and writes them to the fill. So it
+// waits for other warps only where a fill is still being read.
 
 #pragma once
 
@@ -26,38 +26,38 @@ constexpr std::uint32_t kCloses = 2;
 constexpr std::uint32_t kEnd = 4;
 constexpr int kKept = 16;  // bit position of the first row
 
-// One lane of such a warp: it has one chunk of the row, and every 4th row of a piece. fprop forms an activation, or
-// nothing where the pixels are not consecutive; dgrad forms a gradient. Registers are scarce here: notes, and what is
-// brought next, stand in shared memory, in places of kNoteBytes.
+// Such a warp, as one of its lanes, which has one chunk of the row and every 4th row of a piece. fprop forms an
+// activation, or leaves values as they are where it must copy; dgrad forms a gradient. Registers are scarce: notes on
+// the pieces, and before them on what is brought next, stand in shared memory.
 template <class T, Direction kDirection, class kTile>
-struct Former {
+struct FormingWarp {
     static constexpr bool kFprop = kDirection == Direction::kFprop;
     static constexpr int kRows = kPieceRows<kDirection>;
     static constexpr int kBytes = kRows * kRowBytes;
     static constexpr int kRowStep = 32 / kRowChunks;
     static constexpr int kLaneRows = kRows / kRowStep;
     static constexpr int kAtOnce = kFprop ? 4 : kTile::kProducerRegisters >= 104 ? 2 : 1;  // rows in registers
-    static constexpr std::uint32_t kOffset = sizeof(PieceNote);  // after a note: how far off the position its pixel is
-    static constexpr std::uint32_t kNextRow = sizeof(FillStep);  // in the first place
+    // After a note: how far off its position the pixel is. After the FillStep of what is brought next: the row of the
+    // fill, and that of the warp's first piece of a fill.
+    static constexpr std::uint32_t kOffset = sizeof(PieceNote);
+    static constexpr std::uint32_t kNextRow = sizeof(FillStep);
+    static constexpr std::uint32_t kFirstRow = kNextRow + sizeof(int);
 
     const ConvParams& p;
     const ConvMaps& maps;
     const Places& places;
     const Program& program;
     std::uint32_t pieces;
-    std::uint32_t notes;  // the first place: fill and row that are brought next
-    int first_row;        // of the warp's first piece of a fill
+    std::uint32_t notes;
     int lane;
 
     __device__ __forceinline__ int row(int i) const { return lane / kRowChunks + i * kRowStep; }
     __device__ __forceinline__ int chunk() const { return lane % kRowChunks; }
-    // swizzled(row(i), chunk()): a step of 4 rows changes one bit of the swizzle.
-    __device__ __forceinline__ std::uint32_t place(int i) const {
-        return (swizzled(row(0), chunk()) ^ (i % 2 * kRowStep << 4)) + i * kRowStep * kRowBytes;
+    // Place of row i in rows that begin at a multiple of 1024 bytes: a step of 4 rows changes one bit of the swizzle.
+    __device__ __forceinline__ std::uint32_t place(std::uint32_t rows, int i) const {
+        return ((rows + swizzled(row(0), chunk())) ^ (i % 2 * kRowStep << 4)) + i * kRowStep * kRowBytes;
     }
-    __device__ __forceinline__ int channel(const PieceNote& piece) const {
-        return piece.channel + chunk() * kChunk<T>;
-    }
+    __device__ __forceinline__ int channel(const PieceNote& piece) const { return piece.channel + chunk() * kChunk<T>; }
     __device__ __forceinline__ std::uint32_t piece_at(int slot) const {
         return pieces + static_cast<std::uint32_t>(slot) * places.line.piece_bytes;
     }
@@ -90,12 +90,13 @@ struct Former {
         if (step.valid(program)) {
             const Fill& fill = p.plan.fill[step.fill];
             const int fill_row = load_shared<int>(notes + kNextRow);
-            const int next_row = fill_row + places.line.formers * kRows;
+            const int first_row = load_shared<int>(notes + kFirstRow);
+            const int next_row = fill_row + places.line.forming * kRows;
             const bool closes = next_row >= kTile::kRows + fill.extra;
             const int position = step.first_row(p, kTile::kRows) + fill.lo + fill_row;
             note = {position, step.channel, fill_row,
                     (fill_row == first_row ? kOpens : 0) | (closes ? kCloses : 0) | keeps(step, fill_row, position)};
-            const int offset = flat_pixel(p.plan, fill, 0);
+            const int offset = pixel_offset(p.plan, fill);
             if (copies()) {
                 store_shared(note_at(slot) + kOffset, offset);
             } else {
@@ -143,8 +144,9 @@ struct Former {
             const int line = at.image * plan.source_h + at.row * plan.source_stride;
             const int pixel = line * plan.source_w + at.column * plan.source_stride + offset;
             const bool valid = channel(piece) < p.source.channels;
-            const std::int64_t element = valid ? element_of(min(max(pixel, 0), last), p.source.channels, channel(piece)) : 0;
-            cp_async16(piece_at(slot) + place(i), static_cast<const T*>(p.source.values) + element, valid);
+            const std::int64_t element =
+                valid ? element_of(min(max(pixel, 0), last), p.source.channels, channel(piece)) : 0;
+            cp_async16(place(piece_at(slot), i), static_cast<const T*>(p.source.values) + element, valid);
         }
     }
 
@@ -156,7 +158,8 @@ struct Former {
         const Mask& mask = p.source.mask;
         if (mask.sign == Sign::kNone || piece.marks & kEnd || channel(piece) >= p.source.channels) return;
         const auto element = [&](int i) {
-            return element_of(min(max(piece.pixel + row(i), 0), positions(p.plan) - 1), p.source.channels, channel(piece));
+            return element_of(min(max(piece.pixel + row(i), 0), positions(p.plan) - 1), p.source.channels,
+                              channel(piece));
         };
         if (mask.sign == Sign::kBits) {
 #pragma unroll
@@ -189,32 +192,34 @@ struct Former {
             uint4 partner[kAtOnce] = {};
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-                values[i] = load_shared16(from + place(first + i));
+                values[i] = load_shared16(place(from, first + i));
                 if (kFprop || p.source.partner == nullptr) continue;
-                partner[i] = load_shared16(from + kBytes + place(first + i));
+                partner[i] = load_shared16(place(from, first + i) + kBytes);
             }
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-                const uint4 result = formed(constants, values[i], partner[i], bits >> 8 * (first + i));
-                store_shared16(to + place(first + i), result);
+                const int shift = kFprop ? 0 : 8 * (first + i);
+                const uint4 result = formed(constants, values[i], partner[i], bits >> shift);
+                store_shared16(place(to, first + i), result);
                 if (!kFprop) keep(piece, row(first + i), result);
             }
         }
     }
 
     __device__ __forceinline__ void keep(const PieceNote& piece, int row, uint4 result) const {
-        if (!(piece.marks >> (kKept + row) & 1) || channel(piece) >= p.source.channels) return;
+        if (!(piece.marks >> (kKept + row) & 1)) return;
         T* const dy = static_cast<T*>(p.backward.dy);
         store_global16(dy + element_of(piece.pixel + row, p.source.channels, channel(piece)), result);
     }
 
-    __device__ __forceinline__ void run() const {
+    __device__ __forceinline__ void run(int first_row) const {
         const ConvPipeline& line = places.line;
         if (lane == 0) {
             FillStep step{};
             step.begin(p, program, program.m);
             store_shared16(notes, bit_cast<uint4>(step));
             store_shared(notes + kNextRow, first_row);
+            store_shared(notes + kFirstRow, first_row);
         }
         for (int slot = 0; slot < line.slots; ++slot) {
             bring(slot);
@@ -230,8 +235,9 @@ struct Former {
         if constexpr (!kFprop) load_bits(note(0), bits);
         while (true) {
             const int slot = slots.place;
-            const PieceNote piece = note(slot);
+            PieceNote piece = note(slot);
             if (piece.marks & kEnd) break;
+            if (channel(piece) >= p.source.channels) piece.marks &= (1u << kKept) - 1;  // nothing to keep
             if (piece.marks & kOpens) {
                 constants = constants_of<T>(p.source, channel(piece));
                 barrier_wait(places.fill_empty(fills.place), fills.phase ^ 1);
@@ -244,6 +250,7 @@ struct Former {
             slots.advance(line.slots);
             std::uint32_t now = ~0u;
             if constexpr (!kFprop) {
+                static_assert(kLaneRows == 4, "a byte for each row");
                 now = bits[0] | bits[1] << 8 | bits[2] << 16 | bits[3] << 24;
                 load_bits(note(slots.place), bits);  // on their way while this piece is formed
             }

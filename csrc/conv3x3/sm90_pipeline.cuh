@@ -1,14 +1,13 @@
-// How data reaches the products of sm90_conv.cuh: what is where in shared memory, and the warps that bring it.
-//
-// Barriers are pairs: `full` is waited for by those who read, `empty` by those who bring the next.
+// How data reaches the products of sm90_conv.cuh: what is where in shared memory, and the threads that bring what needs
+// no forming (sm90_form.cuh has the others).
 //
 //     weights  tiles of 64 source channels by kColumns target channels, one a tap, in order of use: a ring; or, where
 //              all of an n-tile's weights fit, a place each, loaded once per program (`resident`)
 //     fills    a ring of buffers, rows of 128 bytes (geometry.h), read by ldmatrix
-//     pieces   some rows of a fill as they stand in memory (with the partner's), before they are formed: a ring for each
-//              of the forming warps (sm90_form.cuh)
+//     pieces   some rows of a fill, and of the partner's, before they are formed: a ring for each forming warp
 //
-// A plain operand whose fills are consecutive pixels needs no forming: it is copied into the fills (`direct`).
+// Barriers are pairs: those who read wait for `full`, those who bring the next wait for `empty`.
+// A plain operand whose fills are consecutive pixels is copied straight into the fills (`direct`).
 
 #pragma once
 
@@ -18,14 +17,14 @@
 
 namespace resnet_fused::conv3x3 {
 
-constexpr int kDirectRows = 32;  // of one copy where the operand is plain
 constexpr int kWeightRows = 64;  // source channels of a tile of weights
+constexpr int kDirectRows = 32;  // of one copy where the source is `direct`
 constexpr int kProducerWarps = 4;
-constexpr int kMaxReach = 1024;  // rows of a tile and of the copy that reaches beyond it, at most
-constexpr int kNoteBytes = 48;   // of a forming warp about one piece, the last of them
-constexpr int kNoteBarrier = 32; // its barrier
+constexpr int kNoteBytes = 48;    // a forming warp's note on a piece, at the end of which
+constexpr int kNoteBarrier = 32;  // stands the barrier that the piece has come
 
-// Rows of a piece: more cost less to bring, fewer let a gradient's pieces, which come in pairs, be under way in time.
+// Rows of a piece. Bringing a larger one costs no more; but a gradient's come with the partner's, and more are under
+// way where they are smaller.
 template <Direction kDirection>
 constexpr int kPieceRows = kDirection == Direction::kFprop ? 32 : 16;
 
@@ -38,18 +37,19 @@ struct ConvPipeline {
     int stages;  // tiles of weights
     int fills;
     int fill_rows;
-    int slots;
-    int formers;  // forming warps
+    int forming;  // warps,
+    int slots;    // and the pieces that each has room for
     int lead;     // steps of a consumer before the next may begin, at most; 0: no turns
     bool resident;
     bool direct;
-    std::uint32_t weights;  // byte offsets; fills are at 0
-    std::uint32_t pieces;
     std::uint32_t piece_bytes;  // with the partner's
-    std::uint32_t notes;        // on pieces
-    std::uint32_t states;
-    std::uint32_t zeros;
+    // Byte offsets; fills are at 0.
+    std::uint32_t weights;
+    std::uint32_t pieces;
+    std::uint32_t states;   // of the epilogue,
+    std::uint32_t zeros;    // a row of them
     std::uint32_t vectors;  // of the epilogue
+    std::uint32_t notes;
     std::uint32_t flag;
     std::uint32_t barriers;
     std::uint32_t bytes;
@@ -81,11 +81,14 @@ struct Places {
         return shared + static_cast<std::uint32_t>(fill * line.fill_rows * kRowBytes);
     }
     // A forming warp's slots for pieces, and its notes: on what it brings next, and on the piece in each slot.
-    __device__ __forceinline__ std::uint32_t pieces(int former) const {
-        return shared + line.pieces + static_cast<std::uint32_t>(former * line.slots) * line.piece_bytes;
+    __device__ __forceinline__ std::uint32_t pieces(int warp) const {
+        return shared + line.pieces + static_cast<std::uint32_t>(warp * line.slots) * line.piece_bytes;
     }
-    __device__ __forceinline__ std::uint32_t notes(int former) const {
-        return shared + line.notes + static_cast<std::uint32_t>(former * (line.slots + 1)) * kNoteBytes;
+    __device__ __forceinline__ std::uint32_t notes(int warp) const {
+        return shared + line.notes + static_cast<std::uint32_t>(warp * (line.slots + 1)) * kNoteBytes;
+    }
+    __device__ __forceinline__ std::uint32_t piece_full(int warp, int slot) const {
+        return notes(warp) + static_cast<std::uint32_t>((slot + 1) * kNoteBytes + kNoteBarrier);
     }
 };
 
@@ -158,9 +161,10 @@ __device__ __forceinline__ void load_weights(const ConvParams& p, const ConvMaps
 
 // --- source ----------------------------------------------------------------------------------------------------------
 
-// Source pixel of grid position e of a fill at stride 1: what lies outside the image is some other pixel, never read.
-__device__ __forceinline__ int flat_pixel(const Plan& plan, const Fill& fill, int e) {
-    return e + fill.dh * plan.source_w + fill.dw;
+// From the pixel of grid position (i, j) in the source, (i, j) times the stride, to what a fill holds for it. At stride
+// 1 this is all: pixels outside the image come out as others, which are never read.
+__device__ __forceinline__ int pixel_offset(const Plan& plan, const Fill& fill) {
+    return fill.dh * plan.source_w + fill.dw;
 }
 
 // One thread brings a plain operand.
@@ -171,7 +175,7 @@ __device__ __forceinline__ void load_source(const ConvParams& p, const ConvMaps&
     FillStep step;
     for (step.begin(p, program, program.m); step.valid(program); step.advance(p, program, kWeightRows)) {
         const Fill& fill = p.plan.fill[step.fill];
-        const int first = flat_pixel(p.plan, fill, step.first_row(p, kTile::kRows) + fill.lo);
+        const int first = step.first_row(p, kTile::kRows) + fill.lo + pixel_offset(p.plan, fill);
         const int copies = (kTile::kRows + fill.extra + kDirectRows - 1) / kDirectRows;
         barrier_wait(places.fill_empty(ring.place), ring.phase ^ 1);
         barrier_arrive_expect(places.fill_full(ring.place),

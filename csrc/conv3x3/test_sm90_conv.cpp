@@ -3,7 +3,7 @@
 // Strides, dilations, odd sizes, images smaller than the kernel, channels that fill no chunk's block or no tile, every
 // form of the source, every part of both endings, both feeds, all tiles; weights that stay and weights that pass; few
 // multiprocessors, so that a program walks over several tiles; copies as early and as late as the hardware may make
-// them.
+// them. An argument: how many orders of the threads.
 
 #include <cstdlib>
 
@@ -44,9 +44,8 @@ std::vector<ConvCase> fprop_cases() {
     std::vector<ConvCase> cases;
     for (const TileSize tile : kTiles) {
         cases.push_back(make(text("fprop deferred, several tiles each way", tile), {5, 11, 13, 72, 136}, tile, all));
-        cases.push_back(make(text("fprop plain", tile), {5, 11, 13, 72, 72}, tile, [](ConvCase& t) {
-            t.type = Type::kFp16;
-        }));
+        cases.push_back(
+            make(text("fprop plain", tile), {5, 11, 13, 72, 72}, tile, [](ConvCase& t) { t.type = Type::kFp16; }));
         cases.push_back(make(text("fprop stride 2", tile), {5, 19, 18, 72, 64, 2}, tile, all));
     }
     constexpr TileSize kSmall{128, 64};
@@ -86,9 +85,8 @@ std::vector<ConvCase> dgrad_cases() {
     std::vector<ConvCase> cases;
     for (const TileSize tile : kTiles) {
         cases.push_back(make(text("dgrad of a norm, several tiles each way", tile), {5, 11, 13, 136, 72}, tile, all));
-        cases.push_back(make(text("dgrad plain", tile), {5, 11, 13, 72, 72}, tile, [](ConvCase& t) {
-            t.type = Type::kFp16;
-        }));
+        cases.push_back(
+            make(text("dgrad plain", tile), {5, 11, 13, 72, 72}, tile, [](ConvCase& t) { t.type = Type::kFp16; }));
         cases.push_back(make(text("dgrad stride 2, bits", tile), {5, 19, 18, 64, 72, 2}, tile, [&](ConvCase& t) {
             all(t);
             t.skip = true;
@@ -137,6 +135,68 @@ std::vector<ConvCase> dgrad_cases() {
     return cases;
 }
 
+// What the plan declines, and which tile it says is the fastest on a GPU of 132 multiprocessors.
+struct Problem {
+    ConvParams params{};
+
+    Problem(const Shape& s, Form form) {
+        static const float mark = 0;
+        params.plan = forward_plan(s.geometry(), Feed::kHalo);
+        params.source.values = &mark;
+        params.source.channels = s.c;
+        params.source.form = form;
+        params.target_channels = s.k;
+        params.group_source = params.weight_inner = s.c / s.groups;
+        params.group_target = s.k / s.groups;
+        params.vector_source = params.vector_weight = s.c % 8 == 0;
+        params.vector_target = s.k % 8 == 0;
+    }
+
+    bool plan(TileSize tile, Type type, Launch& launch) const {
+        const Config config{Chip::kHopper, tile.rows, tile.columns, Feed::kHalo};
+        return plan_sm90_conv(config, type, Direction::kFprop, params, 0, launch);
+    }
+};
+
+void check_plans(Report& report) {
+    auto& settings = resnet_fused::emulator::settings();
+    const auto runs = [](const Shape& shape, Type type, Form form, TileSize tile = {128, 64}) {
+        Launch launch;
+        return Problem(shape, form).plan(tile, type, launch);
+    };
+    const Shape shape{2, 8, 8, 64, 64};
+    report.expect(runs(shape, Type::kBf16, Form::kActivated), "a launch");
+    report.expect(!runs(shape, Type::kFp32, Form::kActivated), "no launch in fp32");
+    report.expect(!runs(shape, Type::kBf16, Form::kGradient), "no launch of fprop on a gradient");
+    report.expect(!runs(shape, Type::kBf16, Form::kPlain, {128, 96}), "no launch of an unknown tile");
+    report.expect(!runs({2, 8, 8, 64, 64, 1, 1, 2}, Type::kBf16, Form::kPlain), "no launch with groups");
+    report.expect(!runs({2, 8, 8, 12, 64}, Type::kBf16, Form::kPlain), "no launch without whole chunks");
+    report.expect(!runs({1, 8, 1000, 64, 64}, Type::kBf16, Form::kPlain), "no launch beyond shared memory");
+    settings.capability = 100;
+    report.expect(!runs(shape, Type::kBf16, Form::kPlain), "no launch on another chip");
+    settings.capability = 90;
+
+    settings.multiprocessors = 132;
+    struct Preference {
+        Shape shape;
+        TileSize best;
+    };
+    for (const Preference& wanted :
+         {Preference{{256, 56, 56, 64, 64}, {256, 64}}, Preference{{256, 28, 28, 128, 128}, {256, 128}},
+          Preference{{256, 14, 14, 256, 256}, {256, 128}}, Preference{{256, 7, 7, 512, 512}, {192, 128}},
+          Preference{{32, 14, 14, 256, 256}, {128, 128}}, Preference{{32, 7, 7, 512, 512}, {128, 64}}}) {
+        Launch best{};
+        for (const TileSize tile : kTiles) {
+            Launch launch;
+            const bool plans = Problem(wanted.shape, Form::kActivated).plan(tile, Type::kBf16, launch);
+            if (plans && (best.cycles == 0 || launch.cycles < best.cycles)) best = launch;
+        }
+        report.expect(best.config.rows == wanted.best.rows && best.config.columns == wanted.best.columns,
+                      "tile for images of " + std::to_string(wanted.shape.height) + ": got " +
+                          std::to_string(best.config.rows) + " x " + std::to_string(best.config.columns));
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -148,5 +208,6 @@ int main(int argc, char** argv) {
     for (const ConvCase& test : dgrad_cases()) {
         run_case<DgradRun>(test, kKernels, seeds, report);
     }
+    check_plans(report);
     return report.result("Hopper fprop and dgrad");
 }

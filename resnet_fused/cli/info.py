@@ -14,7 +14,6 @@ import resnet_fused
 from resnet_fused import backends, config, extension
 from resnet_fused.cli import machine
 from resnet_fused.cli.output import Output, table
-from resnet_fused.report import preferred
 
 SUMMARY = "versions, GPU, state of the extension, backend of each operation"
 DESCRIPTION = (
@@ -102,7 +101,7 @@ def _extension() -> dict[str, Any]:
 
 def _backends(op: str, where: torch.device) -> dict[str, dict[str, str | None]]:
     """For every backend: chosen, available (a later choice), or unavailable with the reason."""
-    first = preferred(op, where)
+    first = backends.expected(op, where)
     return {name: _backend(op, name, first, where) for name in config.BACKENDS}
 
 

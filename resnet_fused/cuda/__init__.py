@@ -5,6 +5,6 @@ A kernel that no GPU has run yet is registered with `default=False`: it runs onl
 
 from __future__ import annotations
 
-from resnet_fused.cuda import batch_norm
+from resnet_fused.cuda import batch_norm, conv3x3
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "conv3x3"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from resnet_fused import backends, extension
+from resnet_fused.cuda import _device
 
 
 def finalize(
@@ -62,27 +60,13 @@ def unsupported_reason(
     """Why the kernel cannot run on these arguments; None if it can."""
     if extension.module is None:
         return extension.reason
-    operands = (count, mean, m2, *(v for v in (weight, bias) if v is not None))
-    elsewhere = next((v.device for v in operands if not v.is_cuda or v.device != mean.device), None)
-    if elsewhere is not None:
-        return f"the kernel reads one CUDA device only, and an argument is on {elsewhere}"
     if mean.dtype != torch.float32:
         return f"the kernel is written for float32 statistics, not {mean.dtype}"
-    return _no_image(extension.module, mean.device.index)
+    return _device.unsupported(extension.module, mean, count, m2, weight, bias)
 
 
 def _vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.detach().to(torch.float32).contiguous()
-
-
-@functools.cache
-def _no_image(kernels: ModuleType, device: int) -> str | None:
-    """CUDA's text where the extension was built for other architectures."""
-    reason = kernels.bn_finalize_unsupported(device)
-    if reason is None:
-        return None
-    built = ", ".join(extension.build_info().get("archs", ()))
-    return f"the extension, built for {built}, does not run on cuda:{device}: {reason}"
 
 
 backends.register("bn_finalize", "cuda", finalize, unsupported_reason, default=False)

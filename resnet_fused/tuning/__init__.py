@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from resnet_fused.tuning.choice import Candidates, Problem, choose, contested, fitting, loses, measured, use
-from resnet_fused.tuning.configs import Config, Materialised, ProductConfig, RowsConfig, Separate
+from resnet_fused.tuning.choice import Candidates, Problem, asked, choose, contested, fitting, loses, measured, use
+from resnet_fused.tuning.configs import Config, ConvConfig, Materialised, ProductConfig, RowsConfig, Separate
 
 __all__ = [
     "Candidates",
     "Config",
+    "ConvConfig",
     "Materialised",
     "Problem",
     "ProductConfig",
     "RowsConfig",
     "Separate",
+    "asked",
     "choose",
     "contested",
     "fitting",

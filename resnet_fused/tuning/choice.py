@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from resnet_fused.tuning import tables
 from resnet_fused.tuning.configs import Config, runs_on
 
 Problem = tuple[Any, ...]  # a NamedTuple of numbers, booleans and short strings: what a configuration is chosen for
+_C = TypeVar("_C", bound=Config)
 Candidates = Callable[[Any], tuple[Config, ...]]
 
 _forced: ContextVar[dict[str, Config]] = ContextVar("resnet_fused_configs", default={})  # noqa: B039 (never written to)
@@ -26,6 +27,19 @@ def choose(op: str, problem: Problem, device: torch.device, candidates: Candidat
     """
     forced = _forced.get().get(op)
     return forced if forced is not None else _chosen(op, problem, device, candidates)
+
+
+def asked(op: str, problem: Problem, device: torch.device, kind: type[_C]) -> _C | None:
+    """The configuration of ``kind`` that is forced on ``op``, else the table's; None where there is none."""
+    forced = _forced.get().get(op)
+    found = forced if isinstance(forced, kind) else _tabled(op, problem, device)
+    return found if isinstance(found, kind) else None
+
+
+@functools.cache
+def _tabled(op: str, problem: Problem, device: torch.device) -> Config | None:
+    entry = tables.of_device(device).find(op, problem)
+    return None if entry is None else entry.config
 
 
 @functools.cache
@@ -51,21 +65,21 @@ def _limits(device: torch.device) -> tuple[int, float]:
     return 10 * known.major + known.minor, known.shared_memory_per_block_optin / 1024
 
 
-def loses(op: str, problem: Problem, device: torch.device) -> bool:
-    """Whether the table of this GPU has another backend ahead of the kernel for ``problem``."""
-    return contested(op, device) and _loses(op, problem, device)
+def loses(op: str, problem: Problem, device: torch.device, backend: str = "triton") -> bool:
+    """Whether the table of this GPU has a later backend ahead of ``backend`` for ``problem``."""
+    return contested(op, device, backend) and _loses(op, problem, device, backend)
 
 
 @functools.cache
-def contested(op: str, device: torch.device) -> bool:
-    """Whether the table of this GPU has another backend ahead for any problem of ``op``."""
-    return op in tables.of_device(device).lost()
+def contested(op: str, device: torch.device, backend: str = "triton") -> bool:
+    """Whether the table of this GPU has a later backend ahead for any problem of ``op``."""
+    return op in tables.of_device(device).lost(backend)
 
 
 @functools.cache
-def _loses(op: str, problem: Problem, device: torch.device) -> bool:
+def _loses(op: str, problem: Problem, device: torch.device, backend: str) -> bool:
     entry = tables.of_device(device).find(op, problem)
-    return entry is not None and entry.backend != "triton"
+    return entry is not None and tables.overtakes(entry.backend, backend)
 
 
 @contextlib.contextmanager
@@ -81,7 +95,7 @@ def measured(table: tables.Table) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for function in (_chosen, contested, _loses):
+    for function in (_chosen, _tabled, contested, _loses):
         function.cache_clear()
 
 

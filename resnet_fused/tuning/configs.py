@@ -45,17 +45,29 @@ class Materialised:
 
 
 @dataclass(frozen=True)
+class ConvConfig:
+    """Of a 3x3 convolution in CUDA C++."""
+
+    chip: str  # whose instructions: "portable", "hopper"
+    rows: int  # of a tile: pixels
+    columns: int  # of a tile: channels
+    feed: str  # "halo": one block of pixels in shared memory for several taps; "im2col": one for each
+    shared: int = 0  # the extension knows what it needs
+
+
+@dataclass(frozen=True)
 class Separate:
     """Of both gradients of a convolution: one after the other, each with its own configuration."""
 
     shared: int = 0
 
 
-Config = RowsConfig | ProductConfig | Materialised | Separate
+Config = RowsConfig | ProductConfig | Materialised | ConvConfig | Separate
 _KINDS: dict[str, type[Config]] = {
     "rows": RowsConfig,
     "product": ProductConfig,
     "materialised": Materialised,
+    "conv": ConvConfig,
     "separate": Separate,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
@@ -95,5 +107,6 @@ _LIMITS = ("shared", "since", "until")
 
 def label(config: Config) -> str:
     """A short name: ``product m=128 n=64 k=64 warps=4 stages=3``."""
-    fields = " ".join(f"{key}={int(value)}" for key, value in asdict(config).items() if key not in _LIMITS)
-    return f"{_NAMES[type(config)]} {fields}".rstrip()
+    fields = {key: value for key, value in asdict(config).items() if key not in _LIMITS}
+    told = (f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in fields.items())
+    return " ".join((_NAMES[type(config)], *told))

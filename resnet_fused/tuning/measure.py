@@ -68,11 +68,23 @@ def unknown(entry: tables.Entry) -> str | None:
     kind: Any = next((kind for kind in kinds if set(kind._fields) == set(entry.problem)), None)
     if kind is None:
         return f"expected problem to have the fields of a problem of {entry.op}, got {entry.problem}"
-    if (entry.config is None) == (entry.backend == "triton"):
-        return f"expected a configuration for triton and none for another backend, got {entry.backend}, {entry.config}"
-    if entry.config is not None and entry.config not in module.candidates(kind(**entry.problem)):
+    if (entry.config is None) == (entry.backend == "triton" or _chooses(entry.op, entry.backend)):
+        return (
+            f"expected a configuration for triton and where else there is a choice, got {entry.backend}, {entry.config}"
+        )
+    if entry.config is None:
+        return None
+    known = entry.backend == "triton" and entry.config in module.candidates(kind(**entry.problem))
+    # What the extension offers depends on the device.
+    if not known and not (entry.backend == "cuda" and isinstance(entry.config, tuning.ConvConfig)):
         return f"expected config to be a candidate of {entry.op}, got {label(entry.config)}"
     return None
+
+
+def _chooses(op: str, backend: str) -> bool:
+    """Whether a backend other than Triton has configurations of ``op``."""
+    found = backends.implementations(op).get(backend)
+    return found is not None and found.candidates is not None
 
 
 def compile_ahead(found: list[Problem], device: torch.device, workers: int, deadline: float, report: Report) -> None:
@@ -131,19 +143,26 @@ def candidates(problem: Problem, args: tuple[Any, ...], device: torch.device) ->
     """``label -> (backend, configuration, call)`` of everything that can run ``problem``, the reference left out."""
     op = problem.call.op
     found: dict[str, tuple[str, Any, Run]] = {}
+
+    def offer(backend: str, configs: Iterable[tuning.Config | None]) -> None:
+        run = backends.implementations(op)[backend].run
+        for chosen in configs:
+            name = backend if chosen is None else label(chosen)
+            found[name] = (backend, chosen, functools.partial(_with, op, chosen, run, args))
+
     for backend in config.BACKENDS:
         if backend in ("triton", "reference") or backends.unavailable(op, backend, *args) is not None:
             continue
-        found[backend] = (backend, None, functools.partial(backends.implementations(op)[backend].run, *args))
+        offered = backends.implementations(op)[backend].candidates
+        offer(backend, (None,) if offered is None else offered(*args))
     if backends.unavailable(op, "triton", *args) is None:
-        for chosen in tuning.fitting(module_of(op).candidates(problem.key), device):
-            found[label(chosen)] = ("triton", chosen, functools.partial(_with, op, chosen, args))
+        offer("triton", tuning.fitting(module_of(op).candidates(problem.key), device))
     return found
 
 
-def _with(op: str, chosen: tuning.Config, args: tuple[Any, ...]) -> Any:
-    with tuning.use(op, chosen):
-        return backends.implementations(op)["triton"].run(*args)
+def _with(op: str, chosen: tuning.Config | None, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    with contextlib.nullcontext() if chosen is None else tuning.use(op, chosen):
+        return run(*args)
 
 
 def tolerance(args: tuple[Any, ...]) -> float:

@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     op: str
     problem: dict[str, Any]  # the fields of the kernel's problem
     backend: str
-    config: Config | None  # of the Triton kernel; None for another backend
+    config: Config | None  # of the kernel; None for a backend that has no choice
     us: dict[str, float]  # median of each candidate that gave the right result
 
     def to_json(self) -> dict[str, Any]:
@@ -65,15 +65,20 @@ class Table:
         distance, entry = min(distances, key=lambda pair: pair[0], default=(math.inf, None))
         return entry if distance <= math.log(_NEAR) + 1e-9 else None
 
-    def lost(self) -> frozenset[str]:
-        """The ops for which some entry has another backend ahead of Triton."""
-        return frozenset(entry.op for entry in self.entries if entry.backend != "triton")
+    def lost(self, backend: str) -> frozenset[str]:
+        """The ops for which some entry has a backend ahead that would come after ``backend`` without it."""
+        return frozenset(entry.op for entry in self.entries if overtakes(entry.backend, backend))
 
     def dumps(self) -> str:
         """The file's text, one entry a line."""
         head = json.dumps(self.metadata, indent=1, ensure_ascii=False)[:-2]
         lines = ",\n".join(f"  {json.dumps(entry.to_json())}" for entry in self.entries)
         return f'{head},\n "entries": [\n{lines}\n ]\n}}\n'
+
+
+def overtakes(fastest: str, backend: str) -> bool:
+    """Whether ``fastest`` would come after ``backend`` if nothing had been measured."""
+    return config.BACKENDS.index(fastest) > config.BACKENDS.index(backend)
 
 
 def _size(problem: dict[str, Any]) -> str | None:
