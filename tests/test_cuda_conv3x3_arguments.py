@@ -20,6 +20,18 @@ from resnet_fused.tuning.problems import convolution
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
+SIZES = {
+    "type": "fp16", "images": 2, "height": 6, "width": 5, "channels": 16, "filters": 24,
+    "stride": 1, "dilation": 1, "groups": 2, "device": 0,
+}  # fmt: skip
+FPROP = {"deferred": True, "bias": True, "residual": True, "relu": True, "statistics": True, "config": None}
+DGRAD = {
+    "sign": "values", "factor": True, "partner": True, "deferred": True, "sums": True, "skip": True,
+    "skip_sign": "bits", "keep_dy": True, "config": None,
+}  # fmt: skip
+WGRAD = {"sign": "bits", "factor": True, "partner": True, "deferred": True, "out": "fp32", "config": None}
+
+
 # --- what they decline ------------------------------------------------------------------------------------------------
 
 
@@ -82,6 +94,42 @@ def test_no_kernel_is_a_default_yet():
         assert not backends.implementations(f"conv3x3_{direction}")["cuda"].default
 
 
+# --- the choice without a measurement ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the emulated device is any device")
+@pytest.mark.parametrize(
+    ("capability", "changed", "first"),
+    [
+        (80, {}, ("portable", 128, 64, "halo")),
+        (80, {"filters": 128}, ("portable", 128, 128, "halo")),
+        (80, {"filters": 192}, ("portable", 128, 64, "halo")),  # 128 columns would multiply 256
+        (80, {"filters": 128, "type": "fp32"}, ("portable", 128, 64, "halo")),
+        (80, {"stride": 2}, ("portable", 128, 64, "im2col")),
+        (80, {"width": 2000}, ("portable", 128, 64, "im2col")),  # no halo of two rows fits
+        (80, {"channels": 128, "filters": 128, "groups": 32}, ("portable", 128, 64, "halo")),  # fewest zeros
+        (90, {"type": "fp32"}, ("portable", 128, 64, "halo")),
+        (90, {"channels": 60}, ("portable", 128, 64, "halo")),
+    ],
+)
+def test_the_rule(capability, changed, first, cuda_kernels):
+    emulate(capability=capability, multiprocessors=108)
+    sizes = {**SIZES, "images": 32, "height": 28, "width": 28, "channels": 64, "filters": 64, "groups": 1}
+    problem = cuda_kernels.Conv3x3(**{**sizes, **changed})
+    launcher = problem.fprop(deferred=True, bias=False, residual=False, relu=False, statistics=True, config=None)
+    assert launcher.config == launcher.configs[0] == first
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the emulated device is any device")
+def test_hopper_s_instructions_come_first_where_there_are_any(cuda_kernels):
+    emulate(capability=90, multiprocessors=132)
+    problem = cuda_kernels.Conv3x3(**{**SIZES, "groups": 1})
+    for direction, forms in (("fprop", FPROP), ("dgrad", DGRAD), ("wgrad", WGRAD)):
+        chips = [chip for chip, *_ in getattr(problem, direction)(**forms).configs]
+        assert chips == sorted(chips), "hopper, then portable"
+        assert set(chips) == {"hopper", "portable"}
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -142,17 +190,6 @@ def test_the_tuner_measures_every_configuration(direction):
 
 
 # --- bad arguments ----------------------------------------------------------------------------------------------------
-
-SIZES = {
-    "type": "fp16", "images": 2, "height": 6, "width": 5, "channels": 16, "filters": 24,
-    "stride": 1, "dilation": 1, "groups": 2, "device": 0,
-}  # fmt: skip
-FPROP = {"deferred": True, "bias": True, "residual": True, "relu": True, "statistics": True, "config": None}
-DGRAD = {
-    "sign": "values", "factor": True, "partner": True, "deferred": True, "sums": True, "skip": True,
-    "skip_sign": "bits", "keep_dy": True, "config": None,
-}  # fmt: skip
-WGRAD = {"sign": "bits", "factor": True, "partner": True, "deferred": True, "out": "fp32", "config": None}
 
 
 @pytest.mark.parametrize(

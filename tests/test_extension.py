@@ -178,6 +178,19 @@ def test_cuda_errors_name_file_call_and_text():
         extension.module.bn_finalize(**FINALIZE)
 
 
+@needs_extension
+def test_a_convolution_checks_its_sizes_and_asks_for_a_device_when_it_is_planned():
+    sizes = {"images": 2, "height": 6, "width": 5, "channels": 16, "filters": 24, "dilation": 1, "groups": 1}
+    assert extension.module.emulated is False
+    with pytest.raises(ValueError, match=r"^conv3x3: expected stride to be between 1 and 3, got 4$"):
+        extension.module.Conv3x3(type="bf16", **sizes, stride=4, device=0)
+    problem = extension.module.Conv3x3(type="bf16", **sizes, stride=1, device=0)
+    forms = dict.fromkeys(("deferred", "bias", "residual", "relu", "statistics"), False)
+    if extension.module.device_info()["error"] is not None:
+        with pytest.raises(RuntimeError, match=r"^csrc/common/launch\.h:\d+: cuda\w+\(.*\): cudaError\w+ \(.+\)$"):
+            problem.fprop(**forms, config=None)
+
+
 # --- the glue ---------------------------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ wrappers() { # SECONDS: what kernels use of PTX, by the tests that the emulator 
 
 mapfile -t cuda < <(grep -l "cuda_kernels" tests/test_*.py)
 mapfile -t kernels < <(grep -l "import.* DEVICE\|^from kernel_helpers" tests/test_*.py | grep -v compiled | grep -vxF "$(printf "%s\n" "${cuda[@]}")")
-mapfile -t others < <(grep -lE "mark\.gpu|DEVICES" tests/test_*.py | grep -vxF "$(printf "%s\n" "${kernels[@]}")")
+mapfile -t others < <(grep -lE "mark\.gpu|DEVICES" tests/test_*.py | grep -vxF "$(printf "%s\n" "${kernels[@]}" "${cuda[@]}")")
 
 "$python" -m resnet_fused info > "$logs/info.txt" 2>&1 || { tail -n 3 "$logs/info.txt"; exit 1; }
 nvidia-smi > "$logs/nvidia-smi.txt" 2>&1

@@ -60,6 +60,8 @@ def unsupported_reason(
     """Why the kernel cannot run on these arguments; None if it can."""
     if extension.module is None:
         return extension.reason
+    if extension.module.emulated:
+        return "this kernel is not emulated"
     if mean.dtype != torch.float32:
         return f"the kernel is written for float32 statistics, not {mean.dtype}"
     return _device.unsupported(extension.module, mean, count, m2, weight, bias)

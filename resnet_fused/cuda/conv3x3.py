@@ -140,7 +140,7 @@ def _launcher(op: str, args: Sequence[Any], **changed: Any) -> Any:
     It has the configuration that is asked for if that can run them, else the extension's choice.
     """
     geometry, forms = _FORMS[op](*args)
-    forms = forms._replace(**changed)
+    forms = forms._replace(**changed) if changed else forms
     first = _built(extension.module, geometry, forms, None)
     asked = tuning.asked(op, convolution(op, *args), args[0].device, ConvConfig)
     if asked is None:
