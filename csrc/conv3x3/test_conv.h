@@ -341,4 +341,14 @@ void run_case(const ConvCase& test, const ConvKernels& kernels, int seeds, Repor
     }
 }
 
+inline void run_cases(const std::vector<ConvCase>& fprop, const std::vector<ConvCase>& dgrad,
+                      const ConvKernels& kernels, int seeds, Report& report) {
+    for (const ConvCase& test : fprop) {
+        run_case<FpropRun>(test, kernels, seeds, report);
+    }
+    for (const ConvCase& test : dgrad) {
+        run_case<DgradRun>(test, kernels, seeds, report);
+    }
+}
+
 }  // namespace resnet_fused::conv3x3::test

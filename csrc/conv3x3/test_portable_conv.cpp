@@ -144,13 +144,7 @@ std::vector<ConvCase> dgrad_cases() {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int seeds = argc > 1 ? std::atoi(argv[1]) : 1;
     Report report;
-    for (const ConvCase& test : fprop_cases()) {
-        run_case<FpropRun>(test, kKernels, seeds, report);
-    }
-    for (const ConvCase& test : dgrad_cases()) {
-        run_case<DgradRun>(test, kKernels, seeds, report);
-    }
+    run_cases(fprop_cases(), dgrad_cases(), kKernels, argc > 1 ? std::atoi(argv[1]) : 1, report);
     return report.result("portable fprop and dgrad");
 }
