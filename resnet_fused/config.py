@@ -31,6 +31,19 @@ def check_backend(name: str, where: str) -> str:
     raise ValueError(f"{where}: expected one of auto, {', '.join(BACKENDS)}, or several with commas, got {name!r}")
 
 
+@functools.cache
+def plans() -> bool:
+    """``RESNET_FUSED_PLANS`` when first asked for: whether what a block launches is recorded and done again (1, 0).
+
+    Raises:
+        ValueError: the variable is neither.
+    """
+    value = os.environ.get("RESNET_FUSED_PLANS", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"RESNET_FUSED_PLANS: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors (``TRITON_INTERPRET``, Triton's own variable)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

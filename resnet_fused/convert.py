@@ -1,7 +1,7 @@
 """Swap the residual blocks of a model for fused ones, in place, and back.
 
 A swap assigns ``module.__class__``: parameters and buffers stay the same objects, hooks and attributes are not touched;
-the convolutions' weights take other strides, and the block notes the backend that was asked for.
+the convolutions' weights take other strides, and the block notes the backend and the use of memory that were asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ Filter = Callable[[str, nn.Module], bool]
 FUSED = (FusedResidual, FusedStem, FusedNorm)
 """Mixins of all that :func:`fuse` makes."""
 
+MEMORY = ("save", "recompute")
+"""What :func:`fuse` takes as ``memory``."""
+
 
 def reason_to_decline(module: Any) -> Reason | None:
     """Why ``module``, of a fused class, runs its original forward whatever the input; None if it is fused."""
@@ -38,7 +41,14 @@ def reason_to_decline(module: Any) -> Reason | None:
     return stem_reason(module._stem_parts())
 
 
-def fuse(model: Model, *, backend: str = "auto", filter_fn: Filter | None = None, strict: bool = False) -> Model:
+def fuse(
+    model: Model,
+    *,
+    backend: str = "auto",
+    memory: str = "save",
+    filter_fn: Filter | None = None,
+    strict: bool = False,
+) -> Model:
     """Swap every residual block, stem and final norm that a fused class exists for, in place; idempotent.
 
     The convolutions of fused blocks take the channels_last memory format (the same Parameters, other strides), so that
@@ -47,13 +57,18 @@ def fuse(model: Model, *, backend: str = "auto", filter_fn: Filter | None = None
     Args:
         model: any module; blocks of torchvision, timm and this package are found at any depth.
         backend: force one backend on these blocks in eager mode; "auto" chooses per op.
+        memory: what a block keeps for backward: "save" its input and every convolution's output; "recompute" all but
+            what the sum read, the outputs of the last convolution and of the projection (a Bottleneck's largest),
+            which backward computes once more from the same operands. Under torch.compile the compiler has the last
+            word. Stems and norms have nothing to recompute; nor has a block whose gate is computed from the branch
+            (squeeze-and-excitation), for the gate keeps it.
         filter_fn: called with (qualified name, module); only those for which it returns True are swapped.
         strict: raise instead of leaving a candidate unfused or finding none.
     Returns:
         ``model`` itself.
     Raises:
-        ValueError: unknown backend; with ``strict``, nothing or not everything asked for can be fused (nothing is
-            changed then).
+        ValueError: unknown backend or memory; with ``strict``, nothing or not everything asked for can be fused
+            (nothing is changed then).
         TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
@@ -61,6 +76,8 @@ def fuse(model: Model, *, backend: str = "auto", filter_fn: Filter | None = None
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("fuse: expected model before scripting, got a ScriptModule; fuse first, then script")
     config.check_backend(backend, "fuse")
+    if memory not in MEMORY:
+        raise ValueError(f"fuse: expected memory one of {', '.join(MEMORY)}, got {memory!r}")
     chosen = [(name, module) for name, module in candidates(model) if filter_fn is None or filter_fn(name, module)]
     classes = fused_classes()
     declined: list[tuple[str, Reason]] = []
@@ -87,6 +104,8 @@ def fuse(model: Model, *, backend: str = "auto", filter_fn: Filter | None = None
     kept_out = {name for name, _ in declined}
     for name, module in chosen:
         module._resnet_fused_backend = backend
+        if isinstance(module, FusedResidual):
+            module._resnet_fused_memory = memory
         if name not in kept_out:
             _to_channels_last(module)
     return model
@@ -106,7 +125,8 @@ def unfuse(model: Model) -> Model:
         if original is not None:
             inference.forget(module)
             module.__class__ = original
-            module.__dict__.pop("_resnet_fused_backend", None)
+            for name in ("_resnet_fused_backend", "_resnet_fused_memory"):
+                module.__dict__.pop(name, None)
     return model
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from resnet_fused import backends
 from resnet_fused.blocks import paths
+from resnet_fused.blocks.residual import FusedResidual
 from resnet_fused.convert import FUSED, candidates, reason_to_decline
 
 
@@ -26,6 +27,7 @@ class Row:
     reason: str | None = None  # code
     detail: str | None = None  # sentence
     backends: dict[str, str] = field(default_factory=dict)  # op -> backend, for the device of the block's parameters
+    memory: str = "save"  # or recompute: what a fused block keeps for backward
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Report:
         blocks = [row for row in self.rows if row.kind not in ("stem", "norm")]
         fused = sum(row.status == "fused" for row in blocks)
         stems = [row.status for row in self.rows if row.kind == "stem"]
-        summary = f"{fused} of {len(blocks)} blocks fused; stem: {', '.join(stems) or 'none found'}"
+        recomputing = sum(row.memory == "recompute" for row in blocks)
+        told = f" ({recomputing} recompute in backward)" if recomputing else ""
+        summary = f"{fused} of {len(blocks)} blocks fused{told}; stem: {', '.join(stems) or 'none found'}"
         ends = [row.status for row in self.rows if row.kind == "norm"]
         summary += f"; final norm: {', '.join(ends)}" if ends else ""
         used = [
@@ -97,7 +101,7 @@ def report(model: nn.Module) -> Report:
             continue
         reason = reason_to_decline(module)
         if reason is None:
-            rows.append(Row(name, kind, "fused", backends=_backends(module, kind)))
+            rows.append(Row(name, kind, "fused", None, None, _backends(module, kind), _memory(module)))
         else:
             rows.append(Row(name, kind, "declined", *reason))
     return Report(tuple(rows))
@@ -108,6 +112,14 @@ def _kind(module: nn.Module) -> str:
 
     fused: Any = fused_classes()[type(module)]
     return fused.kind
+
+
+def _memory(module: nn.Module) -> str:
+    """What a fused module keeps for backward; one whose gate reads the branch has nothing to recompute."""
+    if not isinstance(module, FusedResidual):
+        return "save"
+    mixing = module._unit().mixing
+    return "save" if mixing is not None and mixing.reads_branch else module._resnet_fused_memory
 
 
 def _backends(module: Any, kind: str) -> dict[str, str]:

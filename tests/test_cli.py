@@ -83,6 +83,8 @@ def test_info_prints_tables(capsys) -> None:
         (("bench", "resnet18", "--peers", "eager,jax"), "expected names of eager, channels_last, compile"),
         (("bench", "resnet18", "--rounds", "0"), "expected an integer of at least 1, got '0'"),
         (("check", *SMALL, "--backend", "cuda"), "use --backend auto"),
+        (("check", "resnet18", "--memory", "swap"), "invalid choice: 'swap'"),
+        (("bench", "resnet18", "--memory", "swap"), "invalid choice: 'swap'"),
         (("demo", "--out", "/dev/null/x"), "expected a folder that can be written"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
@@ -207,6 +209,28 @@ def test_check_of_a_torchvision_model(capsys, dtype) -> None:
     assert "8 of 8 blocks fused; stem: fused" in text
     assert "layer4.1.conv2.weight" in text
     assert "passed: all" in text
+
+
+@pytest.mark.parametrize(
+    "command", [("check", "--brief"), ("bench", "--rounds", "1", "--peers", "eager")], ids=lambda command: command[0]
+)
+def test_memory_of_the_fused_model(capsys, monkeypatch, command) -> None:
+    asked = []
+    real = resnet_fused.fuse
+
+    def spied(model, **options):
+        asked.append(options["memory"])
+        return real(model, **options)
+
+    monkeypatch.setattr(resnet_fused, "fuse", spied)
+    arguments = (command[0], *SMALL, *command[1:], "--mode", "train", "--memory", "recompute")
+    code, text, _ = call(capsys, *arguments)
+    assert code == 0
+    assert "9 of 9 blocks fused (9 recompute in backward)" in text
+    assert set(asked) == {"recompute"}
+    code, text, _ = call(capsys, *arguments, "--json")
+    assert code == 0
+    assert json.loads(text)["memory"] == "recompute"
 
 
 def test_check_names_why_blocks_are_declined(capsys) -> None:

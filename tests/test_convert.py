@@ -450,6 +450,46 @@ def test_unknown_backend_is_refused_first():
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize("memory", ["recomputed", "", None, ["save"]])
+def test_unknown_memory_is_refused_first(memory):
+    for model in (tiny(), fuse(tiny(), memory="recompute")):
+        before = state_of(model)
+        with pytest.raises(ValueError) as caught:
+            fuse(model, backend="reference", memory=memory)
+        assert str(caught.value) == f"fuse: expected memory one of save, recompute, got {memory!r}"
+        assert state_of(model) == before
+
+
+def memory_of(model: nn.Module) -> list[str]:
+    return [row.memory for row in report(model).rows]
+
+
+def test_memory_is_that_of_the_last_fuse():
+    model = fuse(tiny(), memory="recompute")
+    assert memory_of(model) == ["save", *["recompute"] * 3]  # a stem has nothing to recompute
+    fuse(model, filter_fn=lambda name, module: name == "layer1.1")
+    assert memory_of(model) == ["save", "recompute", "save", "recompute"]
+    assert memory_of(fuse(model)) == ["save"] * 4
+    before = [set(vars(m)) for m in tiny().modules()]
+    assert [set(vars(m)) for m in unfuse(fuse(model, memory="recompute")).modules()] == before
+    assert memory_of(fuse(model)) == ["save"] * 4
+
+
+def test_memory_of_our_own_blocks():
+    block = resnet_fused.Bottleneck(16, 4)
+    assert memory_of(block) == ["save"]
+    assert memory_of(fuse(block, memory="recompute")) == ["recompute"]
+    assert memory_of(fuse(unfuse(block))) == ["save"]
+
+
+def test_strict_leaves_memory_alone_when_it_raises():
+    model = fuse(tiny(), memory="recompute")
+    model.layer1[1].relu = nn.GELU()
+    with pytest.raises(ValueError, match="to be fusible, got 1"):
+        fuse(model, memory="save", strict=True)
+    assert memory_of(model) == ["save", "recompute", "save", "recompute"]  # what is declined recomputes nothing
+
+
 def test_forced_backend(x, monkeypatch):
     plain = tiny()
     fused = fuse(copy.deepcopy(plain), backend="reference")
@@ -476,7 +516,7 @@ def test_report_rows():
         ("layer1.1", "basic", "fused", None),
         ("layer2.0", "basic", "declined", "activation"),
     ]
-    assert all(list(row) == ["name", "kind", "status", "reason", "detail", "backends"] for row in rows)
+    assert all(list(row) == ["name", "kind", "status", "reason", "detail", "backends", "memory"] for row in rows)
     assert rows[3]["detail"] == "activation SiLU is not nn.ReLU"
     assert rows[3]["backends"] == {}
     assert rows[0]["backends"].keys() >= {"stem_forward", "stem_infer", "stem_backward"}
@@ -500,6 +540,12 @@ def test_report_is_a_table():
         "layer2.0  basic  declined             activation SiLU is not nn.ReLU\n"
         "1 of 3 blocks fused; stem: fused"
     )
+
+
+def test_report_tells_how_many_recompute():
+    model = fuse(tiny("basic"), memory="recompute", filter_fn=lambda name, module: name != "layer1.1")
+    fuse(model, filter_fn=lambda name, module: name == "layer1.1")
+    assert str(report(model)).splitlines()[-1] == "3 of 3 blocks fused (2 recompute in backward); stem: fused"
 
 
 def test_explain(x):

@@ -117,6 +117,18 @@ def test_a_line_for_each_case(tmp_path, capsys) -> None:
     assert call(capsys, "--show", tmp_path / "none.json")[0] == 2
 
 
+def test_less_memory_is_a_column_of_its_own_and_no_peer(root, capsys) -> None:
+    """Here it is the fastest of all: the speed-up takes it neither for a peer nor for the default."""
+    less = row("less", 0.011, impl="fused_recompute", peak_mib=500.0)
+    (root / "benchmarks" / "results" / "nvidia_test.json").write_text(json.dumps(document(*NETWORKS, less)))
+    assert call(capsys, "--root", root)[0] == 0
+    lines = [line for line in (root / "docs" / "results.md").read_text().splitlines() if "resnet50" in line]
+    assert any(line.endswith("| 0.80 |") for line in lines), lines
+    assert any("1,000" in line and "500" in line and "3,000" in line for line in lines), lines
+    path = root / "benchmarks" / "results" / "nvidia_test.json"
+    assert "fused+graph 16,000.0 us, fused_recompute 0.69x, eager 2.50x" in call(capsys, "--show", path)[1]
+
+
 def test_written_twice_the_texts_are_the_same(root, capsys) -> None:
     assert call(capsys, "--root", root)[0] == 0
     first = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
@@ -325,5 +337,5 @@ def test_wrong_options_are_answered_in_one_line(capsys, arguments, expected) -> 
 
 def test_every_implementation_of_the_goal_belongs_to_a_peer() -> None:
     known = {impl for impls in report.PEERS.values() for impl in impls}
-    named = "fused eager eager_nchw compile compile_max_autotune cudnn jax onnxruntime"
+    named = "fused fused_recompute eager eager_nchw compile compile_max_autotune cudnn jax onnxruntime"
     assert known == set(named.split())

@@ -349,6 +349,32 @@ def test_gated_units_are_counted() -> None:
     assert {"bn_add_relu_pool", "bn_add_relu_backward"} <= {row.op for row in found.fused}
 
 
+def test_recomputed_convolutions_are_counted_in_backward() -> None:
+    """One more 1x1 convolution for the last layer, and for the projection: its input, weight and output once."""
+    n, h, w, c, inner, k = 2, 6, 8, 16, 4, 32
+    down = nn.Sequential(nn.Conv2d(c, k, 1, 2, bias=False), nn.BatchNorm2d(k))
+    block = resnet_fused.Bottleneck(c, k // 4, 2, down, base_width=32)
+    x = torch.empty(n, c, h, w, requires_grad=True)
+    saves = traffic.count(block, x)
+    recomputes = traffic.count(resnet_fused.fuse(block, memory="recompute"), x)
+    assert recomputes.eager == saves.eager
+    last = 4 * (n * inner * h * w // 4 + inner * k + n * k * h * w // 4)
+    projection = 4 * (n * c * h * w // 4 + c * k + n * k * h * w // 4)  # stride 2 reads a quarter
+    extra = Traffic(last + projection, 2 * (n * h * w // 4) * (inner + c) * k)
+    rows = [row for row in recomputes.fused if row.phase == "backward" and row.op == "conv1x1_fprop"]
+    assert [(row.calls, row.traffic) for row in rows] == [(2, extra)]
+    assert recomputes.total("fused") == saves.total("fused") + extra
+    assert block._resnet_fused_memory == "recompute"
+
+
+def test_each_block_is_counted_with_its_own_memory() -> None:
+    model = torchvision.models.resnet18()
+    resnet_fused.fuse(model, memory="recompute", filter_fn=lambda name, module: name == "layer2.1")
+    found = traffic.count(model, torch.empty(2, 3, 32, 32))
+    again = [row.block for row in found.fused if row.phase == "backward" and row.op.endswith("fprop")]
+    assert again == ["layer2.1"]
+
+
 def test_str_and_dict_tell_the_same(resnet18) -> None:
     text = str(resnet18)
     assert text.splitlines()[0].split() == ["block", "MB", "an", "image", "eager", "ratio", "GFLOP"]
@@ -361,3 +387,100 @@ def test_str_and_dict_tell_the_same(resnet18) -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="expected mode to be train or infer, got 'eval'"):
         traffic.count(nn.Conv2d(1, 1, 1), torch.empty(1, 1, 1, 1), "eval")
+
+
+# --- what is saved for backward ---------------------------------------------------------------------------------------
+
+
+def vectors(*norms: int) -> int:
+    """Bytes that the norms over so many channels keep: scale, shift, mean, rstd in fp32, and one tile's count."""
+    return sum(4 * 4 * channels + 4 for channels in norms)
+
+
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_bottleneck_saves_what_the_design_says(memory, packed) -> None:
+    """B of the output, S = B / 4 of an inner tensor, M = B / 16 of a mask."""
+    block = resnet_fused.fuse(resnet_fused.Bottleneck(64, 16).bfloat16(), memory=memory)
+    x = torch.empty(4, 64, 6, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+    b = x.numel() * 2
+    s, m = b // 4, b // 16
+    expected = b + 2 * s + (b if memory == "save" else 0) + (m if packed else b) + vectors(16, 16, 64)
+    assert traffic.saved_bytes(block, x, packed=packed) == expected
+
+
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+def test_a_projection_is_saved_as_the_last_convolution_is(memory) -> None:
+    down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    block = resnet_fused.fuse(resnet_fused.BasicBlock(8, 16, 2, down), memory=memory)
+    x = torch.empty(2, 8, 6, 8).to(memory_format=torch.channels_last)
+    y = 4 * 2 * 16 * 3 * 4
+    outputs = 3 * y if memory == "save" else y
+    assert traffic.saved_bytes(block, x) == 2 * y + outputs + y // 32 + vectors(16, 16, 16)
+
+
+def test_a_unit_with_a_norm_of_the_sum_saves_the_sum() -> None:
+    block = resnet_fused.BasicUnit(8, 8, unit="bn_after_add")
+    x = torch.empty(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    b = 4 * x.numel()
+    assert traffic.saved_bytes(block, x) == 4 * b + b // 32 + vectors(8, 8)
+    assert traffic.saved_bytes(resnet_fused.fuse(block, memory="recompute"), x) == 3 * b + b // 32 + vectors(8, 8)
+
+
+def kept(model: nn.Module, x: torch.Tensor) -> int:
+    """The same count on real tensors."""
+    found = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        found[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)
+    assert out.requires_grad
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in own)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("how", ["eager", "save", "recompute"])
+@pytest.mark.parametrize("training", [True, False])
+def test_saved_bytes_are_those_of_real_tensors(how, layout, training) -> None:
+    model = torchvision.models.resnet18().train(training)
+    if how != "eager":
+        resnet_fused.fuse(model, memory=how)
+    x = torch.randn(2, 3, 48, 40).to(memory_format=layout)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    found = traffic.saved_bytes(model, x, packed=False)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert found == kept(model, x) > 0
+
+
+def test_saved_bytes_heed_autocast() -> None:
+    """A convolution keeps its input and its weight as autocast casts them; two batches differ by their images alone."""
+    model = nn.Conv2d(4, 8, 1, bias=False)
+
+    def saved(images: int) -> int:
+        with torch.autocast("cpu", torch.bfloat16):
+            return traffic.saved_bytes(model, torch.empty(images, 4, 6, 6))
+
+    assert saved(3) == 2 * (3 * 4 * 36 + 4 * 8)
+    assert saved(5) - saved(3) == 2 * (2 * 4 * 36)
+
+
+def test_nothing_is_saved_without_gradients() -> None:
+    with torch.no_grad():
+        assert traffic.saved_bytes(resnet_fused.BasicBlock(4, 4), torch.empty(1, 4, 4, 4)) == 0
+
+
+class Views(nn.Module):
+    """Keeps two parts of one tensor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        return y[:1].sin() + y[2:].sin()
+
+
+def test_views_are_saved_with_all_of_their_storage_once() -> None:
+    x = torch.empty(3, 4, 5, 5, requires_grad=True)
+    assert traffic.saved_bytes(Views(), x) == 4 * x.numel() == kept(Views(), x)

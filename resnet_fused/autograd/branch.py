@@ -6,7 +6,8 @@ arXiv 1603.05027). Forward writes each convolution's output once and no normalis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class BranchSpec(NamedTuple):
     dtype: torch.dtype  # of the convolutions' operands
     pre: NormSpec | None = None  # the chain reads relu(bn(x))
     pre_relu: bool = False  # the chain reads relu(x)
+    recompute: bool = False  # backward computes what the sum read once more, instead of keeping it
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -55,6 +57,11 @@ class BranchSpec(NamedTuple):
         """Index of the chain's last layer."""
         return len(self.chain) - 1
 
+    @property
+    def recomputed(self) -> range:
+        """Layers whose outputs are not saved: the chain's last and the projection."""
+        return range(self.last, len(self.layers)) if self.recompute else range(0)
+
 
 class Inputs(NamedTuple):
     """The tensors that a unit's functions take in front of the parameters."""
@@ -70,6 +77,7 @@ class Inputs(NamedTuple):
 
 
 INPUTS = len(Inputs._fields)
+KEPT_INPUTS = INPUTS - 3  # for backward: without the statistics
 
 
 class Branch(NamedTuple):
@@ -116,6 +124,18 @@ def read_source(spec: BranchSpec, x: Tensor, pre: NormResult | None) -> Tensor |
     return x
 
 
+def layer_input(
+    spec: BranchSpec, branch: Branch, i: int, shortcut: Tensor | None, slope: Tensor | None
+) -> Tensor | Deferred:
+    """What layer ``i`` reads."""
+    if i > spec.last:
+        return branch.source if shortcut is None else shortcut
+    if i == 0:
+        return branch.source
+    found = branch.deferred(i - 1)
+    return found._replace(slope=slopes(slope, found.y)) if isinstance(found, Deferred) else found
+
+
 def forward(
     spec: BranchSpec,
     x: Tensor,
@@ -139,22 +159,22 @@ def forward(
         if tiles is None and not spec.pre.frozen:
             tiles = ops.batch_norm.statistics(x)
         results[-1] = normalise(spec.pre, parameters[-1].norm, tiles, x.dtype)
-    source = read_source(spec, x, None if spec.pre is None else results[-1])
-    ys: list[Tensor] = []
-    h = source
+    branch = Branch(read_source(spec, x, None if spec.pre is None else results[-1]), [], results)
     for i, layer in enumerate(spec.layers):
-        if i > spec.last:
-            h = source if shortcut is None else shortcut
         weight, bias, norm_parameters = parameters[i]
         assert weight is not None
         batch = layer.norm is not None and not layer.norm.frozen
+        h = layer_input(spec, branch, i, shortcut, slope)
         y, own = ops.conv(layer.kernel).fprop(h, weight.to(spec.dtype), layer.conv, statistics=batch)
-        ys.append(y)
-        h = y
+        branch.ys.append(y)
         if layer.norm is not None:
-            result = results[i] = normalise(layer.norm, norm_parameters, own, y.dtype, bias)
-            h = Deferred(y, result.norm.scale, result.norm.shift, slopes(slope, y))
-    return Branch(source, ys, results)
+            results[i] = normalise(layer.norm, norm_parameters, own, y.dtype, bias)
+    return branch
+
+
+def kept_outputs(spec: BranchSpec, branch: Branch) -> list[Tensor | None]:
+    """The layers' outputs as they are saved, None for those that backward computes again."""
+    return [None if i in spec.recomputed else y for i, y in enumerate(branch.ys)]
 
 
 def moments(results: Sequence[NormResult | None], parameters: Sequence[Parameters]) -> list[Tensor]:
@@ -168,6 +188,29 @@ def moments(results: Sequence[NormResult | None], parameters: Sequence[Parameter
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
+
+
+def recompute(
+    spec: BranchSpec,
+    branch: Branch,
+    shortcut: Tensor | None,
+    slope: Tensor | None,
+    parameters: Sequence[Parameters],
+    is_read: Callable[[int], bool],
+    like: Tensor,
+) -> None:
+    """Compute the outputs that were not saved from forward's operands; of statistics there is no need.
+
+    An output whose values nobody reads (``is_read(i)``) gets its shape and dtype alone. ``like`` has that shape.
+    """
+    for i in spec.recomputed:
+        if is_read(i):
+            layer, weight = spec.layers[i], parameters[i].conv_weight
+            assert weight is not None
+            h = layer_input(spec, branch, i, shortcut, slope)
+            branch.ys[i], _ = ops.conv(layer.kernel).fprop(h, weight.to(spec.dtype), layer.conv, statistics=False)
+        else:
+            branch.ys[i] = like.new_full((), math.nan, dtype=spec.dtype).expand(like.shape)
 
 
 class Wanted:
@@ -280,8 +323,8 @@ def backward(
     skip: Gradient | None = None
     identity = None  # the shortcut's gradient where it is the unit's input itself
     if spec.projection is not None and into_shortcut is not None:
-        reads = branch.source if shortcut is None else shortcut
-        dx, *_ = layer_backward(last + 1, into_shortcut, reads, None, wanted.shortcut)
+        source = layer_input(spec, branch, last + 1, shortcut, slope)
+        dx, *_ = layer_backward(last + 1, into_shortcut, source, None, wanted.shortcut)
         if shortcut is None:
             skip = None if dx is None else Gradient(dx)
         else:
@@ -298,9 +341,7 @@ def backward(
     consume = not shared and not any(t is into.grad.dz for t in keep)
     for i in range(last, 0, -1):
         below = wanted.below(i)
-        source = branch.deferred(i - 1)
-        assert isinstance(source, Deferred)
-        source = source._replace(slope=slopes(slope, source.y))
+        source = layer_input(spec, branch, i, shortcut, slope)
         norm = branch.norm(i - 1) if below and wanted.sums(i - 1) else None
         dx, dbeta, dgamma = layer_backward(i, into, source, norm, below, consume=consume)
         if dx is None:

@@ -75,6 +75,11 @@ def forward(
     return End(out, Kept(bits, total, result), tiles)
 
 
+def materialises(spec: EndSpec, gate: Tensor | None, slope: Tensor | None) -> bool:
+    """Whether backward writes the branch's gradient and may read what was added; elsewhere only norms' sums read it."""
+    return gate is not None or spec.branch_relu or slope is not None
+
+
 class EndGradients(NamedTuple):
     """Gradients of what a unit's end read."""
 
@@ -118,7 +123,7 @@ def backward(
         sign = None
     y, norm = branch
     added, added_norm = shortcut if shortcut is not None and spec.shortcut else (None, None)
-    if gate is not None or spec.branch_relu or slope is not None:
+    if materialises(spec, gate, slope):
         found = ops.bn_add_relu.backward(
             dout,
             sign,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_fused import backends, ops
+from resnet_fused import backends, ops, plans
 from resnet_fused.operands import Conv, Gradient, Norm, TileStatistics
 from resnet_fused.reference import compute_dtype
 
@@ -186,6 +186,15 @@ def forced_backend() -> str | None:
 def same_backend(name: str | None) -> Any:
     """The backend that forward ran under."""
     return contextlib.nullcontext() if name is None else backends.use_backend(name)
+
+
+def planned(
+    function: plans.Function, static: Any, tensors: Sequence[Tensor | None], norms: Sequence[NormSpec | None]
+) -> tuple[Any, ...]:
+    """``function(static, *tensors)`` by a plan where there is one; what waits for other ranks runs as it is written."""
+    if any(norm is not None and norm.group is not None for norm in norms):
+        return function(static, *tensors)
+    return plans.call(function, static, tensors)
 
 
 def differentiable_backward(

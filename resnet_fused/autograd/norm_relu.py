@@ -21,6 +21,7 @@ from resnet_fused.autograd.layer import (
     like,
     no_autocast,
     normalise,
+    planned,
     same_backend,
 )
 from resnet_fused.autograd.saved import known
@@ -49,20 +50,16 @@ class NormReLUFunction(torch.autograd.Function):
     def forward(
         ctx: Any, spec: NormReLUSpec, x: Tensor, counts, mean, m2, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        tiles = known(counts, mean, m2)
-        if tiles is None and not spec.norm.frozen:
-            tiles = ops.batch_norm.statistics(x)
-        result = normalise(spec.norm, NormParameters(*parameters), tiles, x.dtype)
         needs_gradient = spec.differentiable and any(ctx.needs_input_grad)
-        normed = Deferred(x, result.norm.scale, result.norm.shift)
-        out, sign, _ = ops.bn_add_relu.forward(normed, None, sign=needs_gradient)
-        moments: list[Any] = [] if result.counts is None else [result.norm.mean, result.var]
+        found = planned(_forward, (spec.norm, needs_gradient), (x, counts, mean, m2, *parameters), [spec.norm])
+        out, sign, *norm, own_counts, var = found
+        moments = [] if own_counts is None else [norm[_MEAN], var]
         ctx.mark_non_differentiable(*moments)
         if needs_gradient:
             ctx.spec, ctx.backend = spec, forced_backend()
             ctx.set_materialize_grads(False)
             kept = parameters if spec.norm.frozen else (*parameters[:2], None, None)
-            ctx.save_for_backward(x, sign, *result.norm, result.counts, *kept)
+            ctx.save_for_backward(x, sign, *norm, own_counts, *kept)
         return (out, *moments)
 
     @staticmethod
@@ -70,18 +67,40 @@ class NormReLUFunction(torch.autograd.Function):
         spec: NormSpec = ctx.spec.norm
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, sign, *norm, counts, weight, bias, mean, var = ctx.saved_tensors
-        parameters = NormParameters(weight, bias, mean, var)
+        x, *saved = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            inputs = (x, None, None, None, *parameters)
+            inputs = (x, None, None, None, *saved[-4:])
             return differentiable_backward(ctx, composition, spec.group is not None, [dout], inputs)
         needs = ctx.needs_input_grad
         with no_autocast(dout), same_backend(ctx.backend):
-            found = Parameters(None, None, parameters)
-            result = NormResult(Norm(*norm), counts, None)
-            need = (False, False, *needs[5:])
-            dx, gradients = norm_relu_backward(spec, channels_last(dout), sign, x, result, found, need)
-        return None, dx if needs[1] else None, None, None, None, *gradients[2:]
+            dx, *gradients = planned(_backward, (spec, needs[5:]), (dout, x, *saved), [spec])
+        return None, dx if needs[1] else None, None, None, None, *gradients, None, None
+
+
+_MEAN = Norm._fields.index("mean")
+
+
+def _forward(static: tuple[NormSpec, bool], x: Tensor, counts, mean, m2, *parameters: Tensor | None):
+    """``(out, sign, scale, shift, mean, rstd, counts, unbiased variance)``."""
+    spec, needs_gradient = static
+    tiles = known(counts, mean, m2)
+    if tiles is None and not spec.frozen:
+        tiles = ops.batch_norm.statistics(x)
+    result = normalise(spec, NormParameters(*parameters), tiles, x.dtype)
+    normed = Deferred(x, result.norm.scale, result.norm.shift)
+    out, sign, _ = ops.bn_add_relu.forward(normed, None, sign=needs_gradient)
+    return (out, sign, *result.norm, result.counts, result.var)
+
+
+def _backward(static: tuple[NormSpec, tuple[bool, ...]], dout: Tensor, x: Tensor, sign, *saved: Any):
+    """Gradients of ``x``, weight and bias, the last two as far as needed."""
+    spec, needs = static
+    *norm, counts, weight, bias, mean, var = saved
+    parameters = Parameters(None, None, NormParameters(weight, bias, mean, var))
+    result = NormResult(Norm(*norm), counts, None)
+    need = (False, False, *needs)
+    dx, gradients = norm_relu_backward(spec, channels_last(dout), sign, x, result, parameters, need)
+    return dx, *gradients[2:4]
 
 
 def norm_relu_backward(

@@ -2,7 +2,9 @@
 
 The original unit (1512.03385) is ``relu(bn(conv(... relu(bn(conv(x))))) + shortcut)``: BasicBlock is a chain of two
 convolutions, Bottleneck of three. Saved for backward are the input, each convolution's output, the per-channel norms
-and the sign of the sum.
+and the sign of the sum; a norm of the sum saves the sum, too. With ``BranchSpec.recompute`` the outputs that the sum
+reads are not saved: backward computes them again where it reads them. (The sum itself stays saved under its norm: it
+would cost the convolutions and one more pass.)
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from resnet_fused.autograd import branch as branches
 from resnet_fused.autograd import composition as compositions
 from resnet_fused.autograd import end as ends
-from resnet_fused.autograd.branch import INPUTS, Branch, BranchSpec, Inputs, Wanted
+from resnet_fused.autograd.branch import INPUTS, KEPT_INPUTS, Branch, BranchSpec, Inputs, Wanted
 from resnet_fused.autograd.end import EndSpec, Kept
 from resnet_fused.autograd.layer import (
     TENSORS,
@@ -25,9 +27,10 @@ from resnet_fused.autograd.layer import (
     differentiable_backward,
     forced_backend,
     no_autocast,
+    planned,
     same_backend,
 )
-from resnet_fused.autograd.saved import RESULT, found_results, keep_parameters, keep_results, known
+from resnet_fused.autograd.saved import RESULT, TILES, found_results, keep_parameters, keep_results, known
 from resnet_fused.reference import channels_last
 
 
@@ -47,6 +50,11 @@ class ResidualSpec(NamedTuple):
         """Of the layers, the input and the sum: the order of the parameters."""
         return self.branch.norms if self.end.post is None else (*self.branch.norms, self.end.post)
 
+    @property
+    def moments(self) -> int:
+        """Tensors: mean and variance of every norm with batch statistics."""
+        return 2 * sum(norm is not None and not norm.frozen for norm in self.norms)
+
     def split(self, flat: Sequence[Any]) -> tuple[list[Any], Any]:
         """The branch's part of something that comes for each of ``norms``, and the sum's."""
         count = len(self.branch.norms)
@@ -64,50 +72,52 @@ class ResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: ResidualSpec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        inputs, flat = Inputs(*tensors[:INPUTS]), tensors[INPUTS:]  # type: ignore[arg-type]
-        parameters = Parameters.split(flat)
-        own, post = spec.split(parameters)
-        tiles = known(inputs.counts, inputs.mean, inputs.m2)
-        branch = branches.forward(spec.branch, inputs.x, inputs.shortcut, inputs.slope, tiles, own)
         needs_gradient = spec.differentiable and any(ctx.needs_input_grad)
-        end = ends.forward(
-            spec.end,
-            branch.deferred(spec.branch.last),
-            _added(spec, branch, inputs),
-            inputs.gate,
-            inputs.end_slope,
-            post,
-            sign=needs_gradient,
-        )
-        results = [*branch.results, *([] if end.kept.post is None else [end.kept.post])]
-        moments = branches.moments(results, parameters)
-        statistics = end.tiles if spec.end.statistics else ()
-        ctx.mark_non_differentiable(*statistics, *moments)
+        found = planned(_forward, (spec, needs_gradient), tensors, spec.norms)
+        handed_out = 1 + (TILES if spec.end.statistics else 0)
+        made, moments = handed_out + spec.moments, found[handed_out : handed_out + spec.moments]
+        ctx.mark_non_differentiable(*found[1:handed_out], *moments)
         if needs_gradient:
             ctx.spec, ctx.backend = spec, forced_backend()
             ctx.set_materialize_grads(False)
-            kept = keep_parameters(spec.norms, flat)
-            ctx.save_for_backward(*inputs[:5], end.kept.sign, end.kept.total, *branch.ys, *keep_results(results), *kept)
-        return (end.out, *statistics, *moments)
+            ctx.save_for_backward(*tensors[:KEPT_INPUTS], *found[made:], *keep_parameters(spec.norms, tensors[INPUTS:]))
+        return (*found[:handed_out], *moments)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         spec: ResidualSpec = ctx.spec
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
-        layers, norms = len(spec.branch.layers), len(spec.norms)
-        x, shortcut, gate, slope, end_slope, sign, total, *rest = ctx.saved_tensors
-        flat = rest[layers + RESULT * norms :]
-        inputs = Inputs(x, shortcut, gate, slope, end_slope)
+        saved = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             synchronised = any(norm is not None and norm.group is not None for norm in spec.norms)
-            return differentiable_backward(ctx, composition, synchronised, [dout], (*inputs, *flat))
-        results, post_result = spec.split(found_results(rest[layers : layers + RESULT * norms]))
+            inputs = (*Inputs(*saved[:KEPT_INPUTS]), *saved[len(saved) - TENSORS * len(spec.norms) :])
+            return differentiable_backward(ctx, composition, synchronised, [dout], inputs)
         with no_autocast(dout), same_backend(ctx.backend):
-            source = branches.read_source(spec.branch, x, results[-1] if spec.branch.pre is not None else None)
-            branch = Branch(source, rest[:layers], results)
-            kept = Kept(sign, total, post_result)
-            return _backward(spec, ctx.needs_input_grad[1:], dout, inputs, branch, kept, Parameters.split(flat))
+            return (None, *planned(_backward, (spec, ctx.needs_input_grad[1:]), (dout, *saved), spec.norms))
+
+
+def _forward(static: tuple[ResidualSpec, bool], *tensors: Any) -> tuple[Tensor | None, ...]:
+    """The output, its statistics if asked for, the batch's moments, and what is kept: sign, sum, ys and norms."""
+    spec, needs_gradient = static
+    inputs, parameters = Inputs(*tensors[:INPUTS]), Parameters.split(tensors[INPUTS:])
+    own, post = spec.split(parameters)
+    tiles = known(inputs.counts, inputs.mean, inputs.m2)
+    branch = branches.forward(spec.branch, inputs.x, inputs.shortcut, inputs.slope, tiles, own)
+    end = ends.forward(
+        spec.end,
+        branch.deferred(spec.branch.last),
+        _added(spec, branch, inputs),
+        inputs.gate,
+        inputs.end_slope,
+        post,
+        sign=needs_gradient,
+    )
+    results = [*branch.results, *([] if end.kept.post is None else [end.kept.post])]
+    statistics = end.tiles if spec.end.statistics else ()
+    ys = branches.kept_outputs(spec.branch, branch)
+    kept = (end.kept.sign, end.kept.total, *ys, *keep_results(results)) if needs_gradient else ()
+    return (end.out, *statistics, *branches.moments(results, parameters), *kept)
 
 
 def _added(spec: ResidualSpec, branch: Branch, inputs: Inputs):
@@ -117,15 +127,16 @@ def _added(spec: ResidualSpec, branch: Branch, inputs: Inputs):
     return inputs.x if inputs.shortcut is None else inputs.shortcut
 
 
-def _backward(
-    spec: ResidualSpec,
-    needs: Any,
-    dout: Tensor,
-    inputs: Inputs,
-    branch: Branch,
-    kept: Kept,
-    parameters: list[Parameters],
-) -> tuple[Tensor | None, ...]:
+def _backward(static: tuple[ResidualSpec, Any], dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of the tensors that ``apply`` took, from those that forward kept."""
+    spec, needs = static
+    layers, norms = len(spec.branch.layers), len(spec.norms)
+    x, shortcut, gate, slope, end_slope, sign, total, *rest = saved
+    inputs = Inputs(x, shortcut, gate, slope, end_slope)
+    parameters = Parameters.split(rest[layers + RESULT * norms :])
+    results, post_result = spec.split(found_results(rest[layers : layers + RESULT * norms]))
+    source = branches.read_source(spec.branch, x, results[-1] if spec.branch.pre is not None else None)
+    branch, kept = Branch(source, rest[:layers], results), Kept(sign, total, post_result)
     need = dict(zip(Inputs._fields, needs[:INPUTS], strict=True))
     each = [needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)]
     own_needs, post_needs = spec.split(each)
@@ -133,12 +144,16 @@ def _backward(
     need_outside = None if inputs.shortcut is None else need["shortcut"]
     wanted = Wanted(spec.branch, need["x"], need_outside, need["slope"], own_needs)
     last, projected = spec.branch.last, spec.branch.projection is not None
+    dout = channels_last(dout)
+    materialised = ends.materialises(spec.end, inputs.gate, inputs.end_slope)
+    branches.recompute(
+        spec.branch, branch, inputs.shortcut, inputs.slope, own, lambda i: materialised or wanted.sums(i), dout
+    )
     added = branch.ys[last + 1] if projected else inputs.x if inputs.shortcut is None else inputs.shortcut
     if projected:
         need_shortcut = wanted.shortcut or any(own_needs[last + 1])
     else:
         need_shortcut = need["x"] if inputs.shortcut is None else need["shortcut"]
-    dout = channels_last(dout)
     found = ends.backward(
         spec.end,
         dout,
@@ -169,7 +184,7 @@ def _backward(
     )
     of_inputs = (gradients.x, gradients.shortcut, found.gate, gradients.slope, found.slope, None, None, None)
     of_parameters = [*gradients.parameters, *([] if post is None else [found.post])]
-    return (None, *of_inputs, *(g for layer in of_parameters for g in layer))
+    return (*of_inputs, *(g for layer in of_parameters for g in layer))
 
 
 # --- the same unit in differentiable PyTorch: double backward ---------------------------------------------------------

@@ -11,6 +11,7 @@ from resnet_fused.autograd.layer import TENSORS, NormResult, NormSpec
 from resnet_fused.operands import Norm, TileStatistics
 
 RESULT = 5  # tensors kept of a NormResult
+TILES = len(TileStatistics._fields)
 
 
 def known(counts: Tensor | None, mean: Tensor | None, m2: Tensor | None) -> TileStatistics | None:

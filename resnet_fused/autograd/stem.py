@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from resnet_fused.autograd.layer import (
     like,
     no_autocast,
     normalise,
+    planned,
     same_backend,
 )
 from resnet_fused.operands import Deferred, Norm
@@ -36,40 +38,57 @@ class StemFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: NormSpec, y: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        tiles = None if spec.frozen else ops.batch_norm.statistics(y)
-        result = normalise(spec, NormParameters(*parameters), tiles, y.dtype)
-        out = ops.stem.forward(Deferred(y, result.norm.scale, result.norm.shift))
-        moments: list[Any] = [] if result.counts is None else [result.norm.mean, result.var]
+        out, *norm, counts, var = planned(_forward, spec, (y, *parameters), [spec])
+        moments = [] if counts is None else [norm[_MEAN], var]
         ctx.mark_non_differentiable(*moments)
         if any(ctx.needs_input_grad):
             ctx.spec, ctx.backend = spec, forced_backend()
             ctx.set_materialize_grads(False)
             kept = parameters if spec.frozen else (*parameters[:2], None, None)
-            ctx.save_for_backward(y, *result.norm, result.counts, *kept)
+            ctx.save_for_backward(y, *norm, counts, *kept)
         return (out, *moments)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         spec: NormSpec = ctx.spec
-        y, *norm, count, weight, bias, mean, var = ctx.saved_tensors
-        _, need_y, need_weight, need_bias, *_ = ctx.needs_input_grad
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
+        y, *saved, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            inputs = (y, weight, bias, mean, var)
+            inputs = (y, *saved[-2:], mean, var)
             return differentiable_backward(ctx, composition, spec.group is not None, [dout], inputs)
-        result = NormResult(Norm(*norm), count, None)
-        dout = channels_last(dout)
+        needs = ctx.needs_input_grad[1:4]
         with no_autocast(dout), same_backend(ctx.backend):
-            if not need_y:
-                dy = None
-                dbeta, dgamma = ops.stem.reduce(dout, y, result.norm)
-            elif spec.group is None:
-                dy, dbeta, dgamma = ops.stem.backward(dout, y, result.norm, weight, count)
-            else:
-                dbeta, dgamma = ops.stem.reduce(dout, y, result.norm)
-                dy = ops.stem.apply(dout, y, result.norm, *coefficients(spec, weight, result, dbeta, dgamma))
-        return None, dy, like(dgamma, weight, need_weight), like(dbeta, bias, need_bias), None, None
+            found = planned(_backward, (spec, needs), (dout, y, *saved), [spec])
+        return (None, *found, None, None)
+
+
+_MEAN = Norm._fields.index("mean")
+
+
+def _forward(spec: NormSpec, y: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``(out, scale, shift, mean, rstd, counts, unbiased variance)``."""
+    tiles = None if spec.frozen else ops.batch_norm.statistics(y)
+    result = normalise(spec, NormParameters(*parameters), tiles, y.dtype)
+    out = ops.stem.forward(Deferred(y, result.norm.scale, result.norm.shift))
+    return (out, *result.norm, result.counts, result.var)
+
+
+def _backward(static: tuple[NormSpec, Sequence[bool]], dout: Tensor, y: Tensor, *saved: Any):
+    """Gradients of ``y``, weight and bias, as far as needed."""
+    spec, (need_y, need_weight, need_bias) = static
+    *norm, counts, weight, bias = saved
+    result = NormResult(Norm(*norm), counts, None)
+    dout = channels_last(dout)
+    if not need_y:
+        dy = None
+        dbeta, dgamma = ops.stem.reduce(dout, y, result.norm)
+    elif spec.group is None:
+        dy, dbeta, dgamma = ops.stem.backward(dout, y, result.norm, weight, counts)
+    else:
+        dbeta, dgamma = ops.stem.reduce(dout, y, result.norm)
+        dy = ops.stem.apply(dout, y, result.norm, *coefficients(spec, weight, result, dbeta, dgamma))
+    return dy, like(dgamma, weight, need_weight), like(dbeta, bias, need_bias)
 
 
 def composition(spec: NormSpec, y: Tensor, weight, bias, mean, var) -> tuple[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,17 +94,48 @@ def check_batch(norm: Any, shape: tuple) -> None:
 
 
 @torch.no_grad()
-def update_running(norm: Any, mean: Tensor, var: Tensor) -> None:
-    """Move the running estimates towards a batch's mean and unbiased variance, as ``_BatchNorm.forward`` does."""
-    if not (norm.training and norm.track_running_stats):
-        return
-    momentum = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-    if norm.running_mean is None or momentum is None:
-        return
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
-        weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-        running.mul_(1 - weight).add_(batch.to(running.dtype) * weight)
+def update_running(moved: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
+    """Move the running estimates of norms towards a batch's mean and unbiased variance, as ``_BatchNorm.forward`` does.
+
+    Args:
+        moved: norm, mean (C,) and variance (C,) of each.
+    """
+    moved = [each for each in moved if each[0].training and each[0].track_running_stats]
+    buffers = [id(b) for norm, _, _ in moved for b in _estimates(norm) if b is not None]
+    if len(set(buffers)) < len(buffers) or torch.compiler.is_compiling():
+        for each in moved:  # a norm that comes twice moves twice; a compiler fuses by itself
+            _move([each])
+    elif moved:
+        _move(moved)
+
+
+def _estimates(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Running mean and variance, and the number of batches behind them."""
+    buffers = norm._buffers
+    if "running_mean" in buffers:  # attribute look-up is slow, as above
+        return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    return norm.running_mean, norm.running_var, norm.num_batches_tracked
+
+
+def _move(moved: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
+    """The same of different norms, all of them in a few launches."""
+    estimates = [_estimates(norm) for norm, _, _ in moved]
+    counters = [number for _, _, number in estimates if number is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for (norm, *batch), (*running, number) in zip(moved, estimates, strict=True):
+        for estimate, moment in zip(running, batch, strict=True):
+            if estimate is None:
+                continue
+            moment = moment.to(estimate.dtype)
+            if norm.momentum is not None:
+                into, found = together.setdefault(norm.momentum, ([], []))
+                into.append(estimate)
+                found.append(moment)
+            elif number is not None:  # the mean of all batches
+                weight = (1.0 / number.to(batch[0].dtype)).to(estimate.dtype)
+                estimate.mul_(1 - weight).add_(moment * weight)
+    for momentum, (into, found) in together.items():
+        torch._foreach_mul_(into, 1 - momentum)
+        torch._foreach_add_(into, found, alpha=momentum)

@@ -43,6 +43,7 @@ class FusedResidual(_Module):
     kind: ClassVar[str]
     _original_forward: ClassVar[Callable[..., Any]]
     _resnet_fused_backend = "auto"  # without annotation: TorchScript cannot read one that is text
+    _resnet_fused_memory = "save"  # likewise
 
     # --- what an adapter tells ---------------------------------------------------------------------------------------
 

@@ -148,5 +148,5 @@ def _stem(owner: Any, parts: Stem, x: Tensor) -> Tensor:
         operand = y.contiguous(memory_format=torch.channels_last)
         out, *moments = StemFunction.apply(norms.spec(parts.norm), operand, *norms.parameters(parts.norm))
     if moments:
-        norms.update_running(parts.norm, *moments)
+        norms.update_running([(parts.norm, *moments)])
     return out if is_channels_last(y) else out.contiguous()

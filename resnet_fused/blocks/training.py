@@ -51,7 +51,7 @@ def train(block: Any, structure: Structure, x: Tensor) -> Tensor:
             *(tiles or ()),
         )
     emits = getattr(block, "emit_statistics", False) and block.training and not torch.compiler.is_compiling()
-    branch = _branch_spec(structure, dtype)
+    branch = _branch_spec(structure, dtype, block._resnet_fused_memory == "recompute")
     end = EndSpec(
         mixed.mix,
         unit.has_shortcut,
@@ -131,7 +131,7 @@ def _shortcut(structure: Structure, x: Tensor, outside: Tensor | None, dtype: to
     return channels_last(shortcut.expand(chain_shape(structure, tuple(x.shape))))  # a sum broadcasts
 
 
-def _branch_spec(structure: Structure, dtype: torch.dtype) -> BranchSpec:
+def _branch_spec(structure: Structure, dtype: torch.dtype, recompute: bool) -> BranchSpec:
     unit = structure.unit
     return BranchSpec(
         tuple(_layer(pair) for pair in structure.chain),
@@ -139,6 +139,7 @@ def _branch_spec(structure: Structure, dtype: torch.dtype) -> BranchSpec:
         dtype,
         None if unit.pre is None else norms.spec(unit.pre),
         unit.pre_relu,
+        recompute,
     )
 
 
@@ -148,10 +149,8 @@ def _layer(pair: ConvNorm) -> Layer:
 
 
 def _update(modules: list[Any], moments: list[Tensor]) -> None:
-    remaining = iter(moments)
-    for norm in modules:
-        if norm is not None and norms.batch_statistics(norm):
-            norms.update_running(norm, next(remaining), next(remaining))
+    moved = [norm for norm in modules if norm is not None and norms.batch_statistics(norm)]
+    norms.update_running(list(zip(moved, moments[::2], moments[1::2], strict=True)))
 
 
 # --- a norm and its ReLU alone ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import resnet_fused
 from resnet_fused.cli import check, machine, models, timing
 from resnet_fused.cli.output import Output, UsageError, integer, seconds, table
+from resnet_fused.convert import MEMORY
 
 SUMMARY = "times and peak memory beside eager PyTorch and torch.compile"
 DESCRIPTION = """\
@@ -31,6 +32,7 @@ examples:
   %(prog)s resnet50
   %(prog)s resnet50 --mode train --batch 8 --peers eager,channels_last
   %(prog)s timm:resnet50d --dtype bf16 --rounds 30
+  %(prog)s resnet50 --mode train --memory recompute
   %(prog)s mypackage.nets:build --size 64 --json > times.json
 """
 
@@ -74,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=integer(1), default=10, metavar="N", help="rounds that are timed (default: 10)"
     )
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="(default: 0)")
+    parser.add_argument(
+        "--memory", choices=MEMORY, default="save", help="what fused blocks keep for backward (default: save)"
+    )
     machine.add_device_arguments(parser)
 
 
@@ -91,7 +96,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     where = machine.device(args.device)
     dtype = machine.DTYPES[args.dtype]
     loaded = models.load(args.model, seed=args.seed, batch=args.batch, size=args.size)
-    report = models.wants_blocks(args.model, resnet_fused.fuse(copy.deepcopy(loaded.model)))
+    report = models.wants_blocks(args.model, resnet_fused.fuse(copy.deepcopy(loaded.model), memory=args.memory))
     model = loaded.model.to(where)
     x = models.images(args.batch, args.size, args.seed).to(where)
     modes = ("infer", "train") if args.mode == "both" else (args.mode,)
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         with out.progress(len(modes) * (len(args.peers) + 1 + args.rounds)) as advance:
             for mode in modes:
                 setting = Setting(mode, dtype, where)
-                results[mode] = measure(model, x, setting, args.peers, args.rounds, args.backend, advance)
+                results[mode] = measure(model, x, setting, args.peers, args.rounds, args.backend, args.memory, advance)
     finally:
         torch.backends.cudnn.benchmark = benchmark
     for mode, result in results.items():
@@ -125,6 +130,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             "size": args.size,
             "dtype": args.dtype,
             "backend": args.backend,
+            "memory": args.memory,
             "machine": machine.describe(where),
             "rounds": args.rounds,
             "blocks": report.to_dict(),
@@ -148,6 +154,7 @@ def measure(
     peers: tuple[str, ...],
     rounds: int,
     backend: str,
+    memory: str,
     advance: Callable[[str], None],
 ) -> dict[str, Any]:
     """Verify, warm up and time every peer in one mode.
@@ -164,7 +171,7 @@ def measure(
     for name in (*peers, _FUSED):
         advance(f"{setting.mode}: {'compiling' if name == 'compile' else 'warming up'} {name}")
         try:
-            twin, images = _prepare(name, model, x, backend)
+            twin, images = _prepare(name, model, x, backend, memory)
             call = step(twin, images, labels, setting)
             difference = _difference(_outcome(call(), twin), truth)
         except NotImplementedError as error:
@@ -194,7 +201,7 @@ def measure(
     return {"peers": found, "unavailable": unavailable}
 
 
-def _prepare(name: str, model: nn.Module, x: Tensor, backend: str) -> tuple[nn.Module, Tensor]:
+def _prepare(name: str, model: nn.Module, x: Tensor, backend: str, memory: str) -> tuple[nn.Module, Tensor]:
     """A copy of ``model`` as one peer runs it, and its input."""
     twin = copy.deepcopy(model)
     if name == "eager":
@@ -203,7 +210,7 @@ def _prepare(name: str, model: nn.Module, x: Tensor, backend: str) -> tuple[nn.M
     if name == "compile":
         torch.compiler.reset()
         return cast(nn.Module, torch.compile(twin)), x
-    return resnet_fused.fuse(twin, backend=backend) if name == _FUSED else twin, x
+    return resnet_fused.fuse(twin, backend=backend, memory=memory) if name == _FUSED else twin, x
 
 
 def step(model: nn.Module, x: Tensor, labels: Tensor, setting: Setting) -> timing.Call:

@@ -13,6 +13,7 @@ import torch
 import resnet_fused
 from resnet_fused.cli import compare, machine, models
 from resnet_fused.cli.output import Output, UsageError, integer, table
+from resnet_fused.convert import MEMORY
 
 SUMMARY = "errors of outputs and gradients against fp64, beside PyTorch's own"
 DESCRIPTION = """\
@@ -29,6 +30,7 @@ examples:
   %(prog)s timm:resnet50d --dtype bf16 --mode train
   %(prog)s resnet_fused.models:cifar_resnet20 --size 32 --batch 16
   %(prog)s mypackage.nets:build --brief
+  %(prog)s resnet50 --mode train --memory recompute
   %(prog)s resnext50_32x4d --json > errors.json
 """
 
@@ -45,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draws", type=integer(1), default=5, metavar="N", help="tries for a tensor beyond its bound (default: 5)"
     )
     parser.add_argument("--brief", action="store_true", help="print the summary without the table of all tensors")
+    parser.add_argument(
+        "--memory", choices=MEMORY, default="save", help="what fused blocks keep for backward (default: save)"
+    )
     machine.add_device_arguments(parser)
 
 
@@ -54,7 +59,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     dtype = machine.DTYPES[args.dtype]
     loaded = models.load(args.model, seed=args.seed, batch=args.batch, size=args.size)
     model = loaded.model.to(where)
-    fused = resnet_fused.fuse(copy.deepcopy(model), backend=args.backend)
+    fused = resnet_fused.fuse(copy.deepcopy(model), backend=args.backend, memory=args.memory)
     report = models.wants_blocks(args.model, fused)
     modes = ("train", "eval") if args.mode == "both" else (args.mode,)
 
@@ -80,6 +85,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
                 seed=args.seed,
                 draws=args.draws,
                 backend=args.backend,
+                memory=args.memory,
                 advance=advance,
             )
         except NotImplementedError as error:
@@ -99,6 +105,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             "dtype": args.dtype,
             "seed": args.seed,
             "backend": args.backend,
+            "memory": args.memory,
             "machine": machine.describe(where),
             "bound": {"factor": compare.FACTOR, "floor": floor, "draws": args.draws},
             "blocks": report.to_dict(),

@@ -181,6 +181,7 @@ def compare(
     seed: int = 0,
     draws: int = 5,
     backend: str = "auto",
+    memory: str = "save",
     advance: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Errors of ``fuse(copy of model)`` and of ``model`` itself, both in ``dtype``, against ``model`` in fp64.
@@ -207,7 +208,8 @@ def compare(
             format_ = x.contiguous(memory_format=last)
             channels_last = evaluate(copy.deepcopy(rounded).to(memory_format=last), format_, mode, seed + draw)
             advance(f"{where}: fused {_short(dtype)}")
-            fused = evaluate(resnet_fused.fuse(copy.deepcopy(rounded), backend=backend), x, mode, seed + draw)
+            twin = resnet_fused.fuse(copy.deepcopy(rounded), backend=backend, memory=memory)
+            fused = evaluate(twin, x, mode, seed + draw)
             advance(f"{where}: eager fp64")
             truth = evaluate(copy.deepcopy(rounded).double(), x.double(), mode, seed + draw)
         return rows(truth, nchw, channels_last, fused, mode, FLOORS[dtype])

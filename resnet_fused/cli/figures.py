@@ -12,6 +12,7 @@ from resnet_fused.cli.results import FUSED, PEERS, Results, Row, fastest
 FIGURES = ("roofline", "networks", "memory")
 _COLORS = {
     FUSED: "#2a9d5c",
+    "fused_recompute": "#95d5b2",
     "eager": "#8d99ae",
     "compile": "#f4a261",
     "cudnn": "#457b9d",

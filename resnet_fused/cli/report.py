@@ -10,7 +10,7 @@ from typing import Any
 
 from resnet_fused.cli.figures import FIGURES, figures
 from resnet_fused.cli.output import Output, UsageError
-from resnet_fused.cli.results import FUSED, PEERS, Results, Row, compare, fastest, read, trim
+from resnet_fused.cli.results import FUSED, OURS, PEERS, Results, Row, compare, fastest, read, trim
 
 SUMMARY = "tables and plots of the committed benchmark results; comparison of two runs"
 DESCRIPTION = """\
@@ -280,7 +280,7 @@ def _networks(rows: Sequence[Row]) -> str:
     lines = []
     for setting, own in _settings(rows, "model", "mode", "dtype", "batch"):
         best = fastest(own)
-        others = [best[peer] for peer in peers if peer in best and peer != FUSED]
+        others = [best[peer] for peer in peers if peer in best and peer not in OURS]
         ratio = min(r.median for r in others) / best[FUSED].median if others and FUSED in best else None
         cells = [_rate(best[peer]) if peer in best else "" for peer in peers]
         lines.append((*map(str, setting), *cells, "" if ratio is None else f"{ratio:.2f}"))
@@ -312,7 +312,7 @@ def _blocks(rows: Sequence[Row]) -> str:
     lines = []
     for setting, own in _settings(rows, "model", "op", "mode", "shape", "dtype", "batch"):
         best = fastest(own)
-        others = [best[peer].median for peer in peers if peer in best and peer != FUSED]
+        others = [best[peer].median for peer in peers if peer in best and peer not in OURS]
         ratio = f"{min(others) / best[FUSED].median:.2f}" if others and FUSED in best else ""
         times = [_time(best[peer]) if peer in best else "" for peer in peers]
         lines.append((*map(_text, setting), *times, ratio, _of_bound(best.get(FUSED))))
@@ -321,7 +321,7 @@ def _blocks(rows: Sequence[Row]) -> str:
 
 
 def _kernels(rows: Sequence[Row]) -> str:
-    peers = [peer for peer in _present(rows) if peer != FUSED]
+    peers = [peer for peer in _present(rows) if peer not in OURS]
     lines = []
     for setting, own in _settings(rows, "op", "direction", "shape", "dtype", "batch"):
         best = fastest(own)

@@ -22,6 +22,8 @@ _COMMIT = ("id", "time", "dirty")
 _SMOKE = "smoke"  # begins the names of their models
 
 FUSED = "fused"
+OURS = (FUSED, "fused_recompute")
+"""This package's implementations: with ``memory="save"``, which is held against the peers, and ``"recompute"``."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Row:
 
     @property
     def fused(self) -> bool:
-        """Whether it is this package's implementation, in a CUDA graph or not."""
-        return str(self.info.get("impl")).partition("+")[0] == FUSED
+        """Whether it is an implementation of this package's, in a CUDA graph or not."""
+        return str(self.info.get("impl")).partition("+")[0] in OURS
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def compare(old: Results, new: Results) -> Comparison:
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 PEERS = {
-    FUSED: ("fused",),
+    **{impl: (impl,) for impl in OURS},
     "eager": ("eager", "eager_nchw"),
     "compile": ("compile", "compile_max_autotune"),
     "cudnn": ("cudnn",),

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from resnet_fused import extension
+from resnet_fused import extension, plans
+
+
+def run(function: Callable[..., None], device: torch.device, *args: Any) -> None:
+    """``function`` of the extension with tensors' addresses in their place (0 for None), the current stream last."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    function(*(a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in args), stream)
+    recorder = plans.recorder()
+    if recorder is not None:
+        recorder.launch(function, *(0 if a is None else a for a in args), plans.STREAM)
 
 
 def unsupported(kernels: ModuleType, *tensors: Tensor | None) -> str | None:

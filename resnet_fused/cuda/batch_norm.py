@@ -33,24 +33,8 @@ def finalize(
     gamma, beta = _vector(weight), _vector(bias)
     scale, shift, batch_mean, rstd, var_unbiased = mean.new_empty((5, channels)).unbind()
     workspace = torch.empty(kernels.bn_finalize_workspace(tiles, channels), dtype=torch.uint8, device=device)
-    kernels.bn_finalize(
-        count=count.data_ptr(),
-        mean=mean.data_ptr(),
-        m2=m2.data_ptr(),
-        gamma=0 if gamma is None else gamma.data_ptr(),
-        beta=0 if beta is None else beta.data_ptr(),
-        scale=scale.data_ptr(),
-        shift=shift.data_ptr(),
-        batch_mean=batch_mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        var_unbiased=var_unbiased.data_ptr(),
-        workspace=workspace.data_ptr(),
-        tiles=tiles,
-        channels=channels,
-        eps=eps,
-        device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
-    )
+    tensors = (count, mean, m2, gamma, beta, scale, shift, batch_mean, rstd, var_unbiased, workspace)
+    _device.run(kernels.bn_finalize, device, *tensors, tiles, channels, eps, device.index)
     return scale, shift, batch_mean, rstd, var_unbiased
 
 

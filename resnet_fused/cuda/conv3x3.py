@@ -181,14 +181,6 @@ def _sign_kind(sign: Tensor | None) -> str:
     return "none" if sign is None else "bits" if sign.dtype == torch.uint8 else "values"
 
 
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
 def _workspace(launcher: Any, device: torch.device) -> Tensor | None:
     return torch.empty(launcher.workspace, dtype=torch.uint8, device=device) if launcher.workspace else None
 
@@ -219,11 +211,8 @@ def _forward(
         mean, m2 = torch.empty((2, 1, y.shape[1]), dtype=torch.float32, device=y.device).unbind()
         tile = torch.empty(1, dtype=torch.int32, device=y.device), mean, m2
     workspace, arrived = _workspace(launcher, x.device), _counters(launcher, x.device)
-    launcher.run(
-        *map(_at, (x, scale, shift, weight, bias, residual, y)),
-        *(map(_at, tile) if statistics else (0, 0, 0)),
-        *(_at(workspace), _at(arrived), _stream(x.device)),
-    )
+    tensors = (x, scale, shift, weight, bias, residual, y, *(tile or (None,) * 3), workspace, arrived)
+    _device.run(launcher.run, x.device, *tensors)
     return (y, *(tile or no_statistics(y)))
 
 
@@ -254,12 +243,9 @@ def _input_gradient(launcher: Any, grad, weight, x, scale, shift, mean, rstd, sk
     if mean is not None:
         sums = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device).unbind()
     workspace, arrived = _workspace(launcher, x.device), _counters(launcher, x.device)
-    launcher.run(
-        *map(_at, (*grad, weight, read, scale, shift, mean, rstd, skip, skip_sign)),
-        *(skip_scale, _at(dx)),
-        *(map(_at, sums) if sums else (0, 0)),
-        *(_at(dy), _at(workspace), _at(arrived), _stream(x.device)),
-    )
+    operands = (*grad, weight, read, scale, shift, mean, rstd, skip, skip_sign)
+    written = (dx, *(sums or (None, None)), dy, workspace, arrived)
+    _device.run(launcher.run, x.device, *operands, skip_scale, *written)
     return (dx, *(sums or (none, none.clone())), none.clone())
 
 
@@ -275,7 +261,7 @@ def _weight_gradient(launcher: Any, grad, weight, x, scale, shift, dtype: torch.
     x = _dense(x)
     dw = torch.empty(weight.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     scale, shift, workspace = _vector(scale), _vector(shift), _workspace(launcher, x.device)
-    launcher.run(*map(_at, (*grad, x, scale, shift, dw, workspace)), _stream(x.device))
+    _device.run(launcher.run, x.device, *grad, x, scale, shift, dw, workspace)
     return weight_format(dw, weight)
 
 

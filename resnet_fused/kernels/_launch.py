@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused import config
+from resnet_fused import config, plans
 
 
 class Launch(NamedTuple):
@@ -41,13 +41,38 @@ def launch(kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 
         return
     if 0 in grid:
         return
+    options = {"num_warps": warps, "num_stages": stages}
     held = (getattr(a, "base", a) for a in arguments.values())  # of a tensor descriptor: the tensor that it describes
     first = next(t for t in held if isinstance(t, Tensor))
-    if first.is_cuda and first.device.index != torch.cuda.current_device():
-        with torch.cuda.device(first.device):
-            kernel[grid](**arguments, num_warps=warps, num_stages=stages)
-    else:
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+    recorder = plans.recorder()
+    with contextlib.nullcontext() if recorder is None else plans.unseen():
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                compiled = kernel[grid](**arguments, **options)
+        else:
+            compiled = kernel[grid](**arguments, **options)
+    if recorder is not None:
+        _note(recorder, Launch(kernel, grid, arguments, options), compiled)
+
+
+def _note(recorder: plans.Recorder, launched: Launch, compiled: Any) -> None:
+    """For a plan: the kernel that Triton compiled for these arguments, or what interprets it."""
+    kernel, grid, arguments, options = launched
+    if compiled is None:
+        names = tuple(arguments)
+
+        def interpreted(*values: Any) -> None:
+            kernel[grid](**dict(zip(names, values, strict=True)), **options)
+
+        recorder.launch(interpreted, *map(plans.AsTensor, arguments.values()))
+        return
+    defaults = {name: p.default for name, p in kernel.signature.parameters.items()}
+    values = (arguments.get(name, defaults[name]) for name in kernel.arg_names)
+    recorder.launch(functools.partial(_start, compiled[(*grid, 1, 1)[:3]]), plans.STREAM, *values)
+
+
+def _start(run: Any, stream: int, *arguments: Any) -> None:
+    run(*arguments, stream=stream)
 
 
 @contextlib.contextmanager
@@ -56,7 +81,8 @@ def recording() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
-        yield launches
+        with plans.suspended():
+            yield launches
     finally:
         _recorded.reset(token)
 
@@ -119,6 +145,11 @@ def counters(device: torch.device, needed: int) -> Tensor:
     One buffer for each device and stream, since kernels of one stream follow each other. A graph may be replayed in any
     stream: what is captured gets a buffer of its own.
     """
+    recorder = plans.recorder()
+    return _counters_of(device, needed) if recorder is None else recorder.make(_counters_of, device, needed)
+
+
+def _counters_of(device: torch.device, needed: int) -> Tensor:
     if device.type != "cuda" or needed > _COUNTERS or _captures(device):
         return torch.zeros(needed, dtype=torch.int32, device=device)
     key = device.index, torch.cuda.current_stream(device).cuda_stream

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import backends
+from resnet_fused import backends, plans
 from resnet_fused.reference import compute_dtype
 
 NAMESPACE = "resnet_fused"
@@ -32,7 +32,8 @@ def observed(observer: Observer) -> Iterator[None]:
     global _observer
     before, _observer = _observer, observer
     try:
-        yield
+        with plans.suspended():
+            yield
     finally:
         _observer = before
 
@@ -100,8 +101,10 @@ class Op:
 
 def _watched(x: Any) -> bool:
     """Whether something must see the op itself; else a call goes straight to the backend, past the dispatcher."""
-    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return bool(not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    if not (type(x) is Tensor or type(x) is torch.nn.Parameter) or torch.compiler.is_compiling():
+        return True
+    modes = torch._C._len_torch_dispatch_stack()
+    return bool(modes and modes > (plans.recorder() is not None))
 
 
 def empty_channels_last(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,6 +14,7 @@ Neither the loss nor the optimizer is counted: backward starts from the output's
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused.blocks.paths import disabled
-from resnet_fused.convert import fuse
+from resnet_fused.convert import MEMORY, fuse
 from resnet_fused.ops import bn_add_relu
 from resnet_fused.ops._op import NAMESPACE
 from resnet_fused.profiling import blocks
@@ -101,7 +102,8 @@ def count(model: nn.Module, x: Tensor, mode: str = "train") -> Count:
     ``bprop`` counts as the dgrad and the wgrad that it stands for. Masks count as the 1 bit that they have on a GPU.
 
     Args:
-        model: any module; a copy of it is fused and run, it stays as it is.
+        model: any module; a copy of it is fused and run, it stays as it is. Blocks that were fused to recompute do so,
+            which counts in backward.
         x: an input, of which shape, dtype, memory format and ``requires_grad`` matter.
         mode: ``train`` or ``infer``.
     Raises:
@@ -109,7 +111,9 @@ def count(model: nn.Module, x: Tensor, mode: str = "train") -> Count:
     """
     if mode not in ("train", "infer"):
         raise ValueError(f"count: expected mode to be train or infer, got {mode!r}")
-    twin = fuse(copy.deepcopy(model).cpu().train(mode == "train"))
+    twin = copy.deepcopy(model).cpu().train(mode == "train")
+    for memory in MEMORY:
+        fuse(twin, memory=memory, filter_fn=functools.partial(_keeps, memory))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).requires_grad_(x.requires_grad)
         with bn_add_relu.packed_masks():
@@ -117,6 +121,11 @@ def count(model: nn.Module, x: Tensor, mode: str = "train") -> Count:
         with disabled():
             eager = _run(twin, images, mode)
     return Count(mode, x.shape[0], fused, eager)
+
+
+def _keeps(memory: str, name: str, module: nn.Module) -> bool:
+    """Whether ``memory`` is what a block was fused with, or will be."""
+    return getattr(module, "_resnet_fused_memory", MEMORY[0]) == memory
 
 
 def _run(model: nn.Module, x: Tensor, mode: str) -> tuple[Row, ...]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from resnet_fused import plans
 from resnet_fused.tuning import tables
 from resnet_fused.tuning.configs import Config, runs_on
 
@@ -88,7 +89,8 @@ def measured(table: tables.Table) -> Iterator[None]:
     token = tables.in_force.set(table)
     _forget()
     try:
-        yield
+        with plans.suspended():
+            yield
     finally:
         tables.in_force.reset(token)
         _forget()
@@ -104,6 +106,7 @@ def use(op: str, config: Config) -> Iterator[None]:
     """Within it ``op`` takes ``config`` whatever the problem."""
     token = _forced.set({**_forced.get(), op: config})
     try:
-        yield
+        with plans.suspended():
+            yield
     finally:
         _forced.reset(token)
