@@ -28,6 +28,8 @@ Function = Callable[..., tuple[Tensor | None, ...]]
 
 _KEPT = 1024  # plans; a network has some ten for each size of its input
 _ALIGNMENT = 15  # the lowest bits of an address decide which kernel may read it
+_SMALL = 1 << 18  # bytes; what is allocated for launches alone, up to this, is allocated together
+_APART = 256  # bytes, of which the addresses in it are multiples
 
 
 class Plan:
@@ -218,11 +220,11 @@ class Recorder(TorchDispatchMode):
         except _Unplannable as reason:
             self.reason = self.reason or str(reason)
 
-    def make(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Note, and return, a tensor that ``function(*args)`` looks up or makes, and that is not allocated here."""
+    def make(self, stream: int, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Note, and return, a tensor that ``function(stream, *args)`` looks up or makes: it is not allocated here."""
         with unseen():
-            out = function(*args)
-        self.steps.append(_Step(function, list(args), {}, (self._slot(out),), False, False))
+            out = function(stream, *args)
+        self.steps.append(_Step(function, [STREAM, *args], {}, (self._slot(out),), False, False))
         return out
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -283,7 +285,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(a, AsTensor):
             return self._argument(a.argument, False)
         if isinstance(a, Tensor):
-            return self.ref(a, address=address)
+            return 0 if address and a.numel() == 0 else self.ref(a, address=address)
         if isinstance(getattr(a, "base", None), Tensor):
             return _Described(_based(a, None), self.ref(a.base, address=address))
         return a
@@ -390,11 +392,19 @@ class _Writer:
         self._names: dict[str, Any] = {"part": _part, "described": _described}
         self._constants: dict[int, str] = {}
         self._steps = self._live(recorder.steps)
-        self._addressed = {ref.slot for step in self._steps for ref in _refs((step.args, step.kwargs)) if ref.address}
+        refs = [ref for step in self._steps for ref in _refs((step.args, step.kwargs))]
+        self._addressed = {ref.slot for ref in refs if ref.address}
+        as_tensors = {ref.slot for ref in (*refs, *outs) if ref is not None and not ref.address}
+        self._offsets: dict[int, int] = {}  # in bytes, of the small ones that launches alone read
+        self._nbytes = self._pack(as_tensors)
 
     def plan(self) -> Plan:
         arguments = ", ".join(["stream", *(f"t{i}" for i in range(self._inputs))])
         lines = [f"p{i} = t{i}.data_ptr()" for i in range(self._inputs) if i in self._addressed]
+        if self._offsets:
+            device = self._slot(next(iter(self._offsets))).device
+            given = f"{self._nbytes}, dtype={self._constant(torch.uint8)}, device={self._constant(device)}"
+            lines += [f"small = {self._constant(torch.empty)}({given})", "p = small.data_ptr()"]
         last = self._last_uses()
         for n, step in enumerate(self._steps):
             lines.append(self._line(step))
@@ -418,6 +428,25 @@ class _Writer:
                 used.update(ref.slot for ref in _refs((step.args, step.kwargs)))
         return found[::-1]
 
+    def _pack(self, as_tensors: set[int]) -> int:
+        """Give the small allocations that nobody needs as tensors a place in one; returns its bytes."""
+        nbytes, kept = 0, []
+        for step in self._steps:
+            slot = step.outs[0] if step.function is torch.empty_strided else None
+            size = 0 if slot is None else self._slot(slot).untyped_storage().nbytes()
+            if slot is None or slot in as_tensors or size > _SMALL:
+                kept.append(step)
+                continue
+            self._offsets[slot] = nbytes
+            nbytes += -(-size // _APART) * _APART
+        self._steps = kept
+        return nbytes
+
+    def _slot(self, slot: int) -> Tensor:
+        found = self._slots[slot]
+        assert found is not None
+        return found
+
     def _last_uses(self) -> dict[int, list[int]]:
         """Slots by the step after which they may go."""
         returned = {ref.slot for ref in self._outs if ref is not None}
@@ -428,7 +457,7 @@ class _Writer:
                     last[slot] = n
         found: dict[int, list[int]] = {}
         for slot, n in last.items():
-            if slot not in returned and slot >= self._inputs:
+            if slot not in returned and slot >= self._inputs and slot not in self._offsets:
                 found.setdefault(n, []).append(slot)
         return found
 
@@ -444,7 +473,9 @@ class _Writer:
     def _expression(self, value: Any) -> str:
         if isinstance(value, _Ref):
             if value.address:
-                return f"p{value.slot} + {value.offset}" if value.offset else f"p{value.slot}"
+                place = self._offsets.get(value.slot)
+                name, offset = (f"p{value.slot}", value.offset) if place is None else ("p", place + value.offset)
+                return f"{name} + {offset}" if offset else name
             return self._tensor(value)
         if isinstance(value, _Described):
             return f"described({self._constant(value.descriptor)}, {self._expression(value.base)})"
@@ -459,8 +490,7 @@ class _Writer:
         return self._constant(value)
 
     def _tensor(self, ref: _Ref) -> str:
-        like = self._slots[ref.slot]
-        assert like is not None
+        like = self._slot(ref.slot)
         if ref.offset == 0 and ref.kind == (like.dtype, tuple(like.shape), like.stride()):
             return f"t{ref.slot}"
         dtype, shape, stride = ref.kind
@@ -476,8 +506,7 @@ class _Writer:
 
     def _row(self, ref: _Ref) -> int | None:
         """Which row of its slot a reference is."""
-        like = self._slots[ref.slot]
-        assert like is not None
+        like = self._slot(ref.slot)
         if like.dim() < 1 or ref.kind != (like.dtype, tuple(like.shape[1:]), like.stride()[1:]) or like.stride(0) <= 0:
             return None
         row, rest = divmod(ref.offset, like.stride(0) * like.itemsize)

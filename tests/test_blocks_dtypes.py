@@ -10,6 +10,7 @@ from block_helpers import EXACT, norms_of
 from cases import BLOCKS, BlockCase
 from helpers import EPS, assert_no_worse, assert_same_step, block_input, dtype_id, error, pair, rand, randn, step
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FLOOR = {torch.float32: 2e-6, torch.float16: 2 * EPS[torch.float16], torch.bfloat16: 2 * EPS[torch.bfloat16]}
 WIDE = BlockCase("bottleneck", 32, 8, 1, "identity", {}, (8, 8), "identity")
@@ -107,3 +108,31 @@ def test_fp64_input_is_not_touched_by_autocast():
     fused, plain = pair(BLOCKS[0])
     with torch.autocast("cpu", torch.bfloat16):
         assert_same_step(step(fused, block_input(BLOCKS[0])), step(plain, block_input(BLOCKS[0])), EXACT)
+
+
+class _Casts(TorchDispatchMode):
+    """Sizes of the parameters that every operator casts."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__()
+        self.parameters, self.calls = {p.data_ptr() for p in parameters}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten._foreach_copy_):
+            read = args[0] if func.overloadpacket is torch.ops.aten._to_copy else args[1]
+            read = read if isinstance(read, (list, tuple)) else [read]
+            found = [tuple(t.shape) for t in read if t.data_ptr() in self.parameters]
+            self.calls += [found] if found else []
+        return func(*args, **(kwargs or {}))
+
+
+@wide
+def test_weights_are_cast_together_and_once_a_step(case):
+    fused, plain = pair(case)
+    x = block_input(case).float().requires_grad_()
+    convolutions = [m for m in fused.modules() if isinstance(m, nn.Conv2d)]
+    with _Casts(fused.parameters()) as casts, torch.autocast("cpu", torch.bfloat16):
+        fused(x).sum().backward()
+    ((*sizes,),) = casts.calls
+    assert sorted(sizes) == sorted(tuple(conv.weight.shape) for conv in convolutions)
+    assert len(list(plain.parameters())) > len(sizes) > 1

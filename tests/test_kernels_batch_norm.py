@@ -10,7 +10,7 @@ from kernel_helpers import DEVICE, DTYPES, compare, maker, run
 pytest.importorskip("triton")
 
 from resnet_fused import backends, reference
-from resnet_fused.kernels import batch_norm
+from resnet_fused.kernels import _launch, batch_norm
 from resnet_fused.kernels._launch import recording
 from resnet_fused.tuning import RowsConfig
 
@@ -114,6 +114,39 @@ def test_tiles_of_any_strides():
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
+
+
+def test_counters_of_a_capture(monkeypatch):
+    """One buffer for what a stream does in one capture; nothing is shared with another stream or capture."""
+    device, capture = torch.device("cpu"), [7]
+    monkeypatch.setattr(_launch, "_captured", {})
+    monkeypatch.setattr(_launch, "_capture_id", lambda stream: capture[0])
+    first = _launch._counters_of_capture(1, device, 3)
+    assert first.dtype == torch.int32
+    assert not first.any()
+    assert _launch._counters_of_capture(1, device, _launch._COUNTERS) is first
+    assert _launch._counters_of_capture(2, device, 3) is not first
+    assert _launch._counters_of_capture(1, device, _launch._COUNTERS + 1).numel() == _launch._COUNTERS + 1
+    capture[0] = 8
+    second = _launch._counters_of_capture(1, device, 3)
+    assert second is not first
+    assert _launch._counters_of_capture(1, device, 3) is second
+    capture[0] = None  # the driver's function is missing
+    assert _launch._counters_of_capture(1, device, 3) is not _launch._counters_of_capture(1, device, 3)
+
+
+@pytest.mark.gpu
+def test_a_capture_has_its_own_counters():
+    side = torch.cuda.Stream()
+    outside = _launch.counters(torch.device("cuda", 0), 3)
+    found = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            found.append(_launch.counters(torch.device("cuda", 0), 3))
+            assert _launch.counters(torch.device("cuda", 0), 3) is found[-1]
+    assert outside is not found[0]
+    assert found[0] is not found[1]
 
 
 def test_one_launch_each():

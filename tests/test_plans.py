@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import threading
 import weakref
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import ops, plans, tuning, use_backend
+from resnet_fused.cuda._device import run
 from resnet_fused.kernels import _launch
 from resnet_fused.operands import Conv, Deferred
 from resnet_fused.ops._op import observed
@@ -273,6 +275,53 @@ def test_threads_plan_for_themselves():
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def _add(x: int, y: int, out: int, count: int, stream: int) -> None:
+    """``out = x + y`` of ``count`` floats on the CPU, from addresses as a kernel gets them."""
+    a, b, c = ((ctypes.c_float * count).from_address(at) for at in (x, y, out))
+    c[:] = [i + j for i, j in zip(a, b, strict=True)]
+
+
+def _launched(static, x):
+    """x + 2 x + 3 x, by way of tensors that are allocated for launches alone and one for PyTorch's operators."""
+    none, twice, both = x.new_empty(0), torch.empty_like(x), x.new_empty(3, *x.shape)
+    for a, b, out in ((x, x, twice), (twice, x, both[1]), (both[1], twice, both[0]), (both[0], x, both[2])):
+        run(_called_with(none), x.device, a, b, out, x.numel())
+    return both[0] + both[2].neg(), none
+
+
+def _called_with(none: Tensor):
+    assert none.numel() == 0
+    return _add
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the launches run on the CPU")
+def test_launches_by_address():
+    xs = [(8 * x).round() for x in draw(5, 7, dtype=torch.float32)]  # sums are exact
+    compare(_launched, None, *[(x,) for x in xs])
+    for x in xs:
+        assert torch.equal(plans.call(_launched, None, [x])[0], -x)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the launches run on the CPU")
+@pytest.mark.parametrize(
+    ("count", "allocations"), [(40, ["1024", None]), (1 << 17, [None] * 4)], ids=["small", "large"]
+)
+def test_small_memory_of_launches_is_allocated_together(count, allocations):
+    def function(static, x):
+        a, b, wide, out = (torch.empty(n * count, device=x.device) for n in (1, 1, 2, 1))
+        for source, to in ((x, a), (a, b), (b, wide[count:]), (wide[count:], out)):
+            run(_add, x.device, source, source, to, count)
+        return (out,)
+
+    for x in draw(count, dtype=torch.float32):
+        assert torch.equal(plans.call(function, None, [x])[0], 16 * x)
+    (source,) = kept()
+    found = [line for line in source.splitlines() if "dtype=" in line]
+    assert len(found) == len(allocations)
+    # In it 160, 160 and 320 bytes begin at multiples of 256.
+    assert all(nbytes is None or f"({nbytes}, " in line for line, nbytes in zip(found, allocations, strict=True))
 
 
 def _convolutions(backend, x, scale, shift, weight, next_weight):

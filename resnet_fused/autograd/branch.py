@@ -78,12 +78,14 @@ class Inputs(NamedTuple):
 
 INPUTS = len(Inputs._fields)
 KEPT_INPUTS = INPUTS - 3  # for backward: without the statistics
+KEPT = 2  # tensors of each layer, of `keep`
 
 
 class Branch(NamedTuple):
     """What forward made."""
 
     source: Tensor | Deferred  # what the chain reads
+    weights: list[Tensor]  # of each layer, in the operands' dtype
     ys: list[Tensor]  # output of each layer
     results: list[NormResult | None]  # of ``BranchSpec.norms``
 
@@ -112,6 +114,22 @@ def slope_gradient(dslopes: Sequence[Tensor | None], slope: Tensor | None, neede
             part = dslope.sum(0, keepdim=True) if slope.numel() == 1 else dslope
             total = part if total is None else total + part
     return None if total is None else total.to(slope.dtype)
+
+
+def _weights(parameters: Sequence[Parameters]) -> list[Tensor]:
+    """Of the layers; the other norms have none."""
+    return [p.conv_weight for p in parameters if p.conv_weight is not None]
+
+
+def operands(dtype: torch.dtype, parameters: Sequence[Parameters]) -> list[Tensor]:
+    """The layers' weights in ``dtype``; those that have another one are cast in one launch."""
+    weights = _weights(parameters)
+    own = {weight.dtype for weight in weights}
+    if own == {dtype} or len(own) > 1 or torch.compiler.is_compiling():
+        return [weight.to(dtype) for weight in weights]
+    found = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    torch._foreach_copy_(found, weights)
+    return found
 
 
 def read_source(spec: BranchSpec, x: Tensor, pre: NormResult | None) -> Tensor | Deferred:
@@ -159,22 +177,39 @@ def forward(
         if tiles is None and not spec.pre.frozen:
             tiles = ops.batch_norm.statistics(x)
         results[-1] = normalise(spec.pre, parameters[-1].norm, tiles, x.dtype)
-    branch = Branch(read_source(spec, x, None if spec.pre is None else results[-1]), [], results)
+    source = read_source(spec, x, None if spec.pre is None else results[-1])
+    branch = Branch(source, operands(spec.dtype, parameters), [], results)
     for i, layer in enumerate(spec.layers):
-        weight, bias, norm_parameters = parameters[i]
-        assert weight is not None
+        _, bias, norm_parameters = parameters[i]
         batch = layer.norm is not None and not layer.norm.frozen
         h = layer_input(spec, branch, i, shortcut, slope)
-        y, own = ops.conv(layer.kernel).fprop(h, weight.to(spec.dtype), layer.conv, statistics=batch)
+        y, own = ops.conv(layer.kernel).fprop(h, branch.weights[i], layer.conv, statistics=batch)
         branch.ys.append(y)
         if layer.norm is not None:
             results[i] = normalise(layer.norm, norm_parameters, own, y.dtype, bias)
     return branch
 
 
-def kept_outputs(spec: BranchSpec, branch: Branch) -> list[Tensor | None]:
-    """The layers' outputs as they are saved, None for those that backward computes again."""
-    return [None if i in spec.recomputed else y for i, y in enumerate(branch.ys)]
+def keep(spec: BranchSpec, branch: Branch, parameters: Sequence[Parameters]) -> list[Tensor | None]:
+    """What is saved: the layers' outputs but those that backward computes again, and the weights that were cast."""
+    ys = [None if i in spec.recomputed else y for i, y in enumerate(branch.ys)]
+    pairs = zip(branch.weights, _weights(parameters), strict=True)
+    return [*ys, *(None if cast.dtype == weight.dtype else cast for cast, weight in pairs)]
+
+
+def kept(
+    spec: BranchSpec,
+    saved: Sequence[Any],
+    x: Tensor,
+    parameters: Sequence[Parameters],
+    results: list[NormResult | None],
+) -> Branch:
+    """What forward made; ``saved`` begins with what :func:`keep` gave, ``KEPT`` tensors a layer."""
+    layers = len(spec.layers)
+    source = read_source(spec, x, results[-1] if spec.pre is not None else None)
+    pairs = zip(saved[layers : KEPT * layers], _weights(parameters), strict=True)
+    weights = [weight if cast is None else cast for cast, weight in pairs]
+    return Branch(source, weights, list(saved[:layers]), results)
 
 
 def moments(results: Sequence[NormResult | None], parameters: Sequence[Parameters]) -> list[Tensor]:
@@ -195,7 +230,6 @@ def recompute(
     branch: Branch,
     shortcut: Tensor | None,
     slope: Tensor | None,
-    parameters: Sequence[Parameters],
     is_read: Callable[[int], bool],
     like: Tensor,
 ) -> None:
@@ -205,10 +239,8 @@ def recompute(
     """
     for i in spec.recomputed:
         if is_read(i):
-            layer, weight = spec.layers[i], parameters[i].conv_weight
-            assert weight is not None
-            h = layer_input(spec, branch, i, shortcut, slope)
-            branch.ys[i], _ = ops.conv(layer.kernel).fprop(h, weight.to(spec.dtype), layer.conv, statistics=False)
+            layer, h = spec.layers[i], layer_input(spec, branch, i, shortcut, slope)
+            branch.ys[i], _ = ops.conv(layer.kernel).fprop(h, branch.weights[i], layer.conv, statistics=False)
         else:
             branch.ys[i] = like.new_full((), math.nan, dtype=spec.dtype).expand(like.shape)
 
@@ -291,9 +323,10 @@ def backward(
             found = conv_backward(
                 layer,
                 dy,
-                weight,
+                branch.weights[i],
                 source,
                 source_norm,
+                dtype=weight.dtype,
                 need_dx=need_dx,
                 need_dw=need_weight,
                 skip=skip,

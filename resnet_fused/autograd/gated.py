@@ -75,27 +75,26 @@ class BranchFunction(torch.autograd.Function):
             ctx.spec, ctx.backend = half, forced_backend()
             ctx.set_materialize_grads(False)
             kept = keep_parameters(spec.norms, flat)
-            saved = (inputs.x, inputs.shortcut, inputs.slope, sign)
-            ctx.save_for_backward(*saved, *branch.ys, *keep_results(branch.results), *kept)
+            saved, made = (inputs.x, inputs.shortcut, inputs.slope, sign), branches.keep(spec, branch, parameters)
+            ctx.save_for_backward(*saved, *made, *keep_results(branch.results), *kept)
         y = last if isinstance(last, Tensor) else last.y
         return (y, side, ops.bn_add_relu.pool(last), *vectors, *moments)
 
     @staticmethod
     def backward(ctx: Any, df: Tensor | None, ds: Tensor | None, dpool: Tensor | None, *_: Any):
         spec: BranchSpec = ctx.spec.branch
-        layers, norms = len(spec.layers), len(spec.norms)
+        norms, made = len(spec.norms), branches.KEPT * len(spec.layers)
         x, shortcut, slope, sign, *rest = ctx.saved_tensors
-        flat = rest[layers + RESULT * norms :]
+        flat = rest[made + RESULT * norms :]
         inputs = Inputs(x, shortcut, None, slope)
         if df is None:  # EndFunction, the one reader of y, always has a gradient for it
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             synchronised = any(norm is not None and norm.group is not None for norm in spec.norms)
             return differentiable_backward(ctx, branch_composition, synchronised, [df, ds, dpool], (*inputs, *flat))
-        results = found_results(rest[layers : layers + RESULT * norms])
+        results, parameters = found_results(rest[made : made + RESULT * norms]), Parameters.split(flat)
         with no_autocast(df), same_backend(ctx.backend):
-            source = branches.read_source(spec, x, results[-1] if spec.pre is not None else None)
-            branch = Branch(source, rest[:layers], results)
+            branch = branches.kept(spec, rest, x, parameters, results)
             needs = ctx.needs_input_grad[1:]
             each = [needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)]
             wanted = Wanted(spec, needs[0], None if shortcut is None else needs[1], needs[3], each)
@@ -112,9 +111,7 @@ class BranchFunction(torch.autograd.Function):
                 if projected:
                     side = _incoming(side.grad, wanted, branch, spec.last + 1)
             keep = tuple(t for t in (df, ds) if t is not None)
-            gradients = branches.backward(
-                spec, wanted, branch, x, shortcut, slope, Parameters.split(flat), into, side, keep=keep
-            )
+            gradients = branches.backward(spec, wanted, branch, x, shortcut, slope, parameters, into, side, keep=keep)
         of_inputs = (gradients.x, gradients.shortcut, None, gradients.slope, None, None, None, None)
         return (None, *of_inputs, *(g for layer in gradients.parameters for g in layer))
 

@@ -142,26 +142,25 @@ def conv_backward(
     x: Any,
     norm: Norm | None,
     *,
+    dtype: torch.dtype,
     need_dx: bool,
     need_dw: bool,
     skip: Gradient | None = None,
     skip_scale: float = 1.0,
     consume: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """``(dx, dbeta, dgamma, dslope, dw)`` of one convolution, whichever are wanted; ``weight`` is the parameter itself.
+    """``(dx, dbeta, dgamma, dslope, dw)`` of one convolution, whichever are wanted; ``dtype`` is dw's.
 
     With ``consume`` the tensors ``grad.dz`` and ``skip.dz`` may be written over.
     """
     op = ops.conv(layer.kernel)
-    dtype = (x if isinstance(x, Tensor) else x.y).dtype
-    operand = weight.to(dtype)
     if need_dx and need_dw:
         skipped = {"skip": skip, "skip_scale": skip_scale}
-        return op.bprop(grad, operand, x, norm, layer.conv, dtype=weight.dtype, consume=consume, **skipped)
+        return op.bprop(grad, weight, x, norm, layer.conv, dtype=dtype, consume=consume, **skipped)
     if need_dx:
-        return (*op.dgrad(grad, operand, x, norm, layer.conv, skip=skip, skip_scale=skip_scale), None)
+        return (*op.dgrad(grad, weight, x, norm, layer.conv, skip=skip, skip_scale=skip_scale), None)
     if need_dw:
-        return None, None, None, None, op.wgrad(grad, operand, x, layer.conv, dtype=weight.dtype)
+        return None, None, None, None, op.wgrad(grad, weight, x, layer.conv, dtype=dtype)
     return None, None, None, None, None
 
 

@@ -98,7 +98,7 @@ class ResidualFunction(torch.autograd.Function):
 
 
 def _forward(static: tuple[ResidualSpec, bool], *tensors: Any) -> tuple[Tensor | None, ...]:
-    """The output, its statistics if asked for, the batch's moments, and what is kept: sign, sum, ys and norms."""
+    """The output, its statistics if asked for, the batch's moments, and what is kept: sign, sum, layers, norms."""
     spec, needs_gradient = static
     inputs, parameters = Inputs(*tensors[:INPUTS]), Parameters.split(tensors[INPUTS:])
     own, post = spec.split(parameters)
@@ -115,8 +115,8 @@ def _forward(static: tuple[ResidualSpec, bool], *tensors: Any) -> tuple[Tensor |
     )
     results = [*branch.results, *([] if end.kept.post is None else [end.kept.post])]
     statistics = end.tiles if spec.end.statistics else ()
-    ys = branches.kept_outputs(spec.branch, branch)
-    kept = (end.kept.sign, end.kept.total, *ys, *keep_results(results)) if needs_gradient else ()
+    made = branches.keep(spec.branch, branch, own)
+    kept = (end.kept.sign, end.kept.total, *made, *keep_results(results)) if needs_gradient else ()
     return (end.out, *statistics, *branches.moments(results, parameters), *kept)
 
 
@@ -130,24 +130,22 @@ def _added(spec: ResidualSpec, branch: Branch, inputs: Inputs):
 def _backward(static: tuple[ResidualSpec, Any], dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors that ``apply`` took, from those that forward kept."""
     spec, needs = static
-    layers, norms = len(spec.branch.layers), len(spec.norms)
+    norms, made = len(spec.norms), branches.KEPT * len(spec.branch.layers)
     x, shortcut, gate, slope, end_slope, sign, total, *rest = saved
     inputs = Inputs(x, shortcut, gate, slope, end_slope)
-    parameters = Parameters.split(rest[layers + RESULT * norms :])
-    results, post_result = spec.split(found_results(rest[layers : layers + RESULT * norms]))
-    source = branches.read_source(spec.branch, x, results[-1] if spec.branch.pre is not None else None)
-    branch, kept = Branch(source, rest[:layers], results), Kept(sign, total, post_result)
+    own, post = spec.split(Parameters.split(rest[made + RESULT * norms :]))
+    results, post_result = spec.split(found_results(rest[made : made + RESULT * norms]))
+    branch, kept = branches.kept(spec.branch, rest, x, own, results), Kept(sign, total, post_result)
     need = dict(zip(Inputs._fields, needs[:INPUTS], strict=True))
     each = [needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)]
     own_needs, post_needs = spec.split(each)
-    own, post = spec.split(parameters)
     need_outside = None if inputs.shortcut is None else need["shortcut"]
     wanted = Wanted(spec.branch, need["x"], need_outside, need["slope"], own_needs)
     last, projected = spec.branch.last, spec.branch.projection is not None
     dout = channels_last(dout)
     materialised = ends.materialises(spec.end, inputs.gate, inputs.end_slope)
     branches.recompute(
-        spec.branch, branch, inputs.shortcut, inputs.slope, own, lambda i: materialised or wanted.sums(i), dout
+        spec.branch, branch, inputs.shortcut, inputs.slope, lambda i: materialised or wanted.sums(i), dout
     )
     added = branch.ys[last + 1] if projected else inputs.x if inputs.shortcut is None else inputs.shortcut
     if projected:

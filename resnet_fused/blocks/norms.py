@@ -101,12 +101,17 @@ def update_running(moved: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
         moved: norm, mean (C,) and variance (C,) of each.
     """
     moved = [each for each in moved if each[0].training and each[0].track_running_stats]
-    buffers = [id(b) for norm, _, _ in moved for b in _estimates(norm) if b is not None]
-    if len(set(buffers)) < len(buffers) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _shared(moved):
         for each in moved:  # a norm that comes twice moves twice; a compiler fuses by itself
             _move([each])
     elif moved:
         _move(moved)
+
+
+def _shared(moved: Sequence[tuple[Any, Tensor, Tensor]]) -> bool:
+    """Whether two of the norms have an estimate in common."""
+    buffers = [id(b) for norm, _, _ in moved for b in _estimates(norm) if b is not None]
+    return len(set(buffers)) < len(buffers)
 
 
 def _estimates(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

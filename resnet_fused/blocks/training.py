@@ -89,6 +89,7 @@ def _gated(structure: Structure, total: Tensor, branch: BranchSpec, end: EndSpec
     x, post = inputs.x, structure.unit.post
     flat = sources(structure if post is None else structure._replace(unit=structure.unit._replace(post=None)))
     with no_autocast(x):
+        branch = branch._replace(recompute=False)  # the end reads what the branch made
         half = HalfSpec(branch, end.branch_relu, torch.is_grad_enabled())
         y, side, pooled, *vectors = BranchFunction.apply(half, *_distinct([*inputs, *flat]))
     vectors, moments = vectors[:4], vectors[4:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -127,7 +128,8 @@ def is_wide(*tensors: Tensor | None) -> bool:
 
 # --- counters of arrival ---------------------------------------------------------------------------------------------
 
-_counters: dict[tuple[int, int], Tensor] = {}
+_counters: dict[tuple[int | None, int], Tensor] = {}
+_captured: dict[tuple[int | None, int], tuple[int, Tensor]] = {}
 _COUNTERS = 4096
 
 
@@ -143,20 +145,64 @@ def counters(device: torch.device, needed: int) -> Tensor:
     """Zeros (int32) that a kernel counts its programs' arrivals in, and leaves at zero again.
 
     One buffer for each device and stream, since kernels of one stream follow each other. A graph may be replayed in any
-    stream: what is captured gets a buffer of its own.
+    stream: what is captured gets a buffer of its own, which the graph zeroes.
     """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type == "cuda" and _captures(device):
+        return _counters_of_capture(stream, device, needed)
     recorder = plans.recorder()
-    return _counters_of(device, needed) if recorder is None else recorder.make(_counters_of, device, needed)
+    return (
+        _counters_of(stream, device, needed)
+        if recorder is None
+        else recorder.make(stream, _counters_of, device, needed)
+    )
 
 
-def _counters_of(device: torch.device, needed: int) -> Tensor:
-    if device.type != "cuda" or needed > _COUNTERS or _captures(device):
+def _counters_of(stream: int, device: torch.device, needed: int) -> Tensor:
+    if device.type != "cuda" or needed > _COUNTERS:
         return torch.zeros(needed, dtype=torch.int32, device=device)
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    key = device.index, stream
     found = _counters.get(key)
     if found is None:
         found = _counters[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
     return found
+
+
+def _counters_of_capture(stream: int, device: torch.device, needed: int) -> Tensor:
+    """One buffer for all that one stream does in one capture; the last is held, since freed memory is used again."""
+    capture = _capture_id(stream)
+    if capture is None or needed > _COUNTERS:
+        return torch.zeros(needed, dtype=torch.int32, device=device)
+    key = device.index, stream
+    known, found = _captured.get(key, (None, None))
+    if found is None or known != capture:
+        found = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        _captured[key] = capture, found
+    return found
+
+
+def _capture_id(stream: int) -> int | None:
+    """The driver's number of the capture that a stream takes part in, if it can be had; PyTorch does not tell it."""
+    driver = _driver()
+    if driver is None:
+        return None
+    status, found = ctypes.c_int(), ctypes.c_uint64()
+    given = ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(found)
+    error = driver.cuStreamGetCaptureInfo_v2(*given, None, None, None)
+    return found.value if error == 0 and status.value == _ACTIVE else None
+
+
+_ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
+
+
+@functools.cache
+def _driver() -> Any:
+    """The CUDA driver's library where it has the function that is asked for."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        return driver if hasattr(driver, "cuStreamGetCaptureInfo_v2") else None
+    except OSError:
+        return None
 
 
 # --- what every kernel asks of its tensors ----------------------------------------------------------------------------
