@@ -10,6 +10,7 @@ from resnet_fused.backends import use_backend
 from resnet_fused.blocks import BasicBlock, BasicUnit, Bottleneck, BottleneckUnit, NormReLU, PReLUBlock
 from resnet_fused.blocks.paths import disabled
 from resnet_fused.convert import fuse, refresh, unfuse
+from resnet_fused.graphs import Replay, capture
 from resnet_fused.report import Explanation, Report, explain, report
 
 __version__ = "0.1.0"
@@ -22,7 +23,9 @@ __all__ = [
     "Explanation",
     "NormReLU",
     "PReLUBlock",
+    "Replay",
     "Report",
+    "capture",
     "disabled",
     "explain",
     "fuse",

@@ -374,6 +374,8 @@ def test_the_headline_is_one_network_with_its_blocks_and_kernels(table):
         ("network", "resnet50"), ("block", "resnet50")
     }  # fmt: skip
     assert {case.info["mode"] for case in found} == {"train", "infer"}
+    recomputed = {(case.kind, case.info["mode"]) for case in found if "fused_recompute" in case.impls}
+    assert recomputed == {("network", "train")}
     assert "jax" in next(case for case in found if case.kind == "network").impls
     assert all("resnet50" in case.models and case.dtype == torch.bfloat16 for case in table if case.headline)
     assert not any(case.headline for case in kernels.smoke())
@@ -713,6 +715,7 @@ case "$*" in
     echo "1 failed, 2 passed"
     exit 1 ;;
 *"report --show"*) echo "a case: fused 1 us" ;;
+*convergence.py*) echo "fp32 PASS, bf16 FAIL" && exit 1 ;;
 esac
 """
 
@@ -767,6 +770,21 @@ def test_the_gpu_script_benchmarks_the_headline(tmp_path):
 
 
 @needs_coreutils
+@pytest.mark.parametrize("arguments", [(), ("--seeds", "16")])
+def test_the_gpu_script_trains_beside_eager(tmp_path, arguments):
+    out = tmp_path / "out of a GPU"
+    done, calls = on_gpu(tmp_path, "converge", str(out), "100", *arguments)
+    assert done.returncode == 1
+    assert "fp32 PASS, bf16 FAIL" in done.stdout
+    assert "converge: exit code 1" in done.stdout
+    told = " ".join(arguments or ("--size", "32"))
+    assert calls[-1] == f"examples/convergence.py --device cuda --out {out}/convergence {told}"
+    assert any("-m pip install" in call for call in calls), "the extension is there by then"
+    with tarfile.open(out / "converge.tar.gz") as archive:
+        assert {"./converge.log", "./info.txt"} <= set(archive.getnames())
+
+
+@needs_coreutils
 def test_the_gpu_script_ends_in_time(tmp_path):
     done, _ = on_gpu(tmp_path, "test", str(tmp_path / "out"), "3", TENTHS="300")
     assert done.returncode == 124
@@ -778,6 +796,6 @@ def test_the_gpu_script_ends_in_time(tmp_path):
 def test_the_gpu_script_refuses_other_arguments_in_one_line(tmp_path, arguments):
     done, calls = on_gpu(tmp_path, *arguments)
     assert done.returncode == 2
-    assert done.stderr.startswith("on_gpu.sh: expected test, sanitize, tune, bench or profile, a folder and seconds")
+    assert done.stderr.startswith("on_gpu.sh: expected test, sanitize, tune, bench, profile or converge, a folder and seconds")
     assert len(done.stderr.splitlines()) == 1
     assert not calls

@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import resnet_fused
+from resnet_fused.blocks import inference
 
 
 def scale_in_place(block):
@@ -186,3 +187,40 @@ def test_inference_gives_the_same_bits_twice_and_leaves_its_input_alone():
                 assert torch.equal(fused(x), value)
             assert torch.equal(first, value)
             assert torch.equal(x, kept)
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """The convolutions folded so far."""
+    found, fold = [], inference.fold
+    monkeypatch.setattr(inference, "fold", lambda conv, *args: found.append(conv) or fold(conv, *args))
+    return found
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
+def test_weights_are_folded_once(backend, folds):
+    """Whatever backend the model asks for, and anew where another one is forced."""
+    fused = resnet_fused.fuse(pair(PROJECTION)[1].eval(), backend=backend)
+    x = block_input(PROJECTION)
+    with torch.no_grad():
+        for _ in range(3):
+            fused(x)
+        assert len(folds) == 4
+        with resnet_fused.use_backend("reference"):
+            for _ in range(2):
+                fused(x)
+    assert len(folds) == (8 if backend == "auto" else 4)
+
+
+def test_memory_of_a_gpu_is_not_taken_for_shared(folds, monkeypatch):
+    """PyTorch calls all CUDA memory shared; on the CPU another process may write to what is."""
+    fused = pair(PROJECTION)[0].eval()
+    x = block_input(PROJECTION)
+    monkeypatch.setattr(torch.Tensor, "is_shared", lambda t: True)
+    for on_cpu, count in ((True, 8), (False, 4)):
+        monkeypatch.setattr(torch.Tensor, "is_cpu", on_cpu)
+        folds.clear()
+        with torch.no_grad():
+            for _ in range(2):
+                fused(x)
+        assert len(folds) == count

@@ -3,7 +3,7 @@
 train    A network: cross-entropy, backward, a step of SGD with momentum (``fused=True``). A block: backward from a
          given gradient, to its input and parameters. 16 bits by autocast with fp32 parameters.
 infer    Forward in eval mode without gradient, parameters and images in the dtype. torch.compile with freezing.
-+graph   The same call captured in a CUDA graph, replayed.
++graph   The same call captured in a CUDA graph, replayed; our inference by ``resnet_fused.capture``.
 
 All run channels_last but ``eager_nchw`` and ``onnxruntime``, with cuDNN's own search on. The SGD's rate is so small
 that the parameters stay what they are: a step of any round could be verified.
@@ -28,7 +28,7 @@ from torchvision.models import resnet
 import resnet_fused
 from harness import jax_peer, onnx_peer
 from harness.kernels import BATCH, HEADLINE, SMOKE, build
-from harness.protocol import FUSED, GRAPH, Prepared, Unavailable
+from harness.protocol import FUSED, GRAPH, RECOMPUTE, Prepared, Unavailable
 from harness.rows import DTYPES
 from resnet_fused import traffic
 from resnet_fused.cli import bench, models
@@ -156,6 +156,18 @@ def _block(stage: Stage) -> nn.Module:
 # --- running one ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Inference:
+    """A forward without gradient."""
+
+    module: nn.Module
+    x: Tensor
+
+    def __call__(self) -> Tensor:
+        with torch.no_grad():
+            return self.module(self.x)
+
+
 @dataclass
 class ModuleBench:
     """A module and its input on a device."""
@@ -187,7 +199,7 @@ class ModuleBench:
         if name not in self._steps:
             self._steps[name] = self._first(name)
         call, read = self._steps[name]
-        return Prepared(call if name == impl else self._captured(call), read, COMPILED.get(name))
+        return Prepared(call if name == impl else self._graph(name, call), read, COMPILED.get(name))
 
     def _first(self, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
         """The step of one implementation after its first call, in which torch.compile compiles."""
@@ -205,8 +217,8 @@ class ModuleBench:
             return module, self.x
         module = module.to(memory_format=torch.channels_last)
         x = self.x.contiguous(memory_format=torch.channels_last)
-        if name == FUSED:
-            module = resnet_fused.fuse(module)
+        if name in (FUSED, RECOMPUTE):
+            module = resnet_fused.fuse(module, memory="recompute" if name == RECOMPUTE else "save")
         if name in COMPILED:
             module = torch.compile(module, mode=COMPILED[name], dynamic=False)
         return module, x
@@ -215,13 +227,7 @@ class ModuleBench:
         """The call that is timed, and how to read what it returns."""
         if self.setting.training:
             return self.train_step(module, x, dtype)
-        module, x = module.to(dtype), x.to(dtype)
-
-        def infer() -> Tensor:
-            with torch.no_grad():
-                return module(x)
-
-        return infer, lambda out: {"output": out[: self.few]}
+        return Inference(module.to(dtype), x.to(dtype)), lambda out: {"output": out[: self.few]}
 
     def train_step(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
         raise NotImplementedError
@@ -234,10 +240,17 @@ class ModuleBench:
             call, read = self.step(module.to(wide), few.to(wide), wide)
             return {name: t.double() for name, t in read(call()).items()}
 
-    def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """``call`` as a replay of a CUDA graph."""
+    def _graph(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+        """``call`` as a replay of a CUDA graph, made as the documentation of each implementation has it."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        if name == FUSED and isinstance(call, Inference):
+            replay = resnet_fused.capture(call.module, call.x, pool=self._pool, clone_outputs=False)
+            return lambda: replay(*replay.inputs)
+        return self._captured(call)
+
+    def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """``call`` as PyTorch's documentation captures a whole network."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -325,8 +338,8 @@ def _settings(device: torch.device, size: int) -> Iterator[Setting]:
 
 def _impls(device: torch.device, mode: str) -> tuple[str, ...]:
     if device.type == "cuda":
-        return ON_GPU
-    return ON_CPU if mode == "train" else (*ON_CPU, "onnxruntime")
+        return (*ON_GPU, RECOMPUTE, RECOMPUTE + GRAPH) if mode == "train" else ON_GPU
+    return (*ON_CPU, RECOMPUTE if mode == "train" else "onnxruntime")
 
 
 def networks(device: torch.device) -> list[ModuleCase]:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from resnet_fused import backends, ops
 from resnet_fused.autograd.layer import no_autocast
-from resnet_fused.blocks import norms, paths
+from resnet_fused.blocks import norms, paths, pinned
 from resnet_fused.blocks.layout import channels_last, eager_format, like_eager, operand_dtype
 from resnet_fused.blocks.structure import Structure, chain_shape, geometry, mixture, promoted
 from resnet_fused.operands import Deferred, Mix, Norm
@@ -216,14 +216,17 @@ _version = operator.attrgetter("_version")
 def kind_of(owner: Any, x: Tensor, dtype: torch.dtype) -> Hashable:
     """What, besides the modules, inference depends on; None where nothing may be kept.
 
-    Work on a CUDA stream is ordered for that stream alone; a graph that is being captured outlives what is kept.
+    Work on a CUDA stream is ordered for that stream alone; a graph that is being captured outlives what is kept, unless
+    it has pins.
     """
     stream = None
-    if x.is_cuda:
+    if x.is_cuda and pinned.current() is None:
         if torch.cuda.is_current_stream_capturing():
             return None
         stream = torch.cuda.current_stream(x.device).cuda_stream
-    backend = (owner._resnet_fused_backend, backends.forced())
+    backend = owner._resnet_fused_backend
+    if backend == "auto":
+        backend = backends.forced()
     return (type(x), x.shape, x.stride(), x.dtype, dtype, x.device, stream, backend)
 
 
@@ -231,6 +234,9 @@ def recall(owner: nn.Module, modules: Sequence[nn.Module], kind: Hashable) -> Ca
     """What :func:`keep` kept for ``owner`` and this kind of input, if ``modules`` and their tensors are unchanged."""
     if torch.compiler.is_compiling() or kind is None:
         return None
+    pins = pinned.current()
+    if pins is not None:
+        return pins.made.get((owner, kind))
     kept = _kept.get(owner)
     if kept is None or kind not in kept.made:
         return None
@@ -250,9 +256,13 @@ def keep(
     """Keep what was made for ``owner`` from ``sources``, tensors of ``modules``, for this kind of input."""
     if torch.compiler.is_compiling() or kind is None:
         return
+    pins = pinned.current()
+    if pins is not None:
+        pins.hold(owner, sources, kind, made)
+        return
     tensors = _tensors(modules)
     known = set(map(id, tensors))
-    if any(t is not None and (id(t) not in known or t.is_shared()) for t in sources):
+    if any(t is not None and (id(t) not in known or _is_shared(t)) for t in sources):
         return  # a plain attribute, or memory that another process may write to: changes could go unseen
     # Inference tensors have no version, so a kept result could go stale unseen; fake ones belong to their mode.
     if torch._C._len_torch_dispatch_stack() or any(t.is_inference() or isinstance(t, FakeTensor) for t in tensors):
@@ -265,15 +275,23 @@ def keep(
     kept.made[kind] = made
 
 
+def _is_shared(t: Tensor) -> bool:
+    """Whether another process may write to ``t``; PyTorch says so of all CUDA memory."""
+    return t.is_cpu and t.is_shared()
+
+
 def forget(owner: nn.Module) -> None:
     """Drop what is kept for ``owner``."""
     _kept.pop(owner, None)
+    pinned.forget(owner)
 
 
-def _forget_all(optimizer: Any, args: Any, kwargs: Any) -> None:
+def _forget_written(optimizer: Any, args: Any, kwargs: Any) -> None:
     """After a step of an optimizer with ``fused=True``: it writes parameters without giving them a new version."""
-    if any(group.get("fused") for group in optimizer.param_groups):
+    written = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]
+    if written:
         _kept.clear()
+        pinned.written(written)
 
 
-register_optimizer_step_post_hook(_forget_all)
+register_optimizer_step_post_hook(_forget_written)
