@@ -6,7 +6,7 @@ launches and PyTorch's computing operators; from the third time on these alone a
 takes addresses. What is allocated is freed after its last use, as before.
 
 Whoever calls a function through :func:`call` promises that nothing but the static arguments, the tensors' metadata and
-what :func:`_settings` reads decides about what it does.
+what :func:`_settings` reads decides about what it does, and that it reads no tensor's values in Python.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from resnet_fused import backends, config
@@ -46,6 +47,7 @@ class Plan:
 
 _SEEN = Plan(reason="called once")
 _plans: dict[Hashable, Plan] = {}
+_adding = threading.Lock()
 _local = threading.local()  # .recorder: of this thread
 _suspended = 0  # contexts in any thread within which every call runs as it is written
 _everywhere = False  # whether calls on the CPU are planned too; there is little to gain, but for tests
@@ -62,10 +64,12 @@ def call(function: Function, static: Hashable, tensors: Sequence[Tensor | None])
     if plan is not None and plan.run is not None:
         return _replay(plan.run, first, tensors)
     if plan is None:
-        while len(_plans) >= _KEPT:
-            _plans.pop(next(iter(_plans)), None)
-        _plans[key] = _SEEN
+        with _adding:
+            while len(_plans) >= _KEPT:
+                del _plans[next(iter(_plans))]
+            _plans[key] = _SEEN
     elif plan is _SEEN:
+        _plans[key] = Plan(reason="failed while it was recorded")
         found, _plans[key] = _record(function, static, tensors)
         return found
     return function(static, *tensors)
@@ -73,12 +77,13 @@ def call(function: Function, static: Hashable, tensors: Sequence[Tensor | None])
 
 def plans() -> list[Plan]:
     """All that are kept."""
-    return [plan for plan in _plans.values() if plan is not _SEEN]
+    return [plan for plan in list(_plans.values()) if plan is not _SEEN]
 
 
 def forget() -> None:
     """Drop all of them."""
-    _plans.clear()
+    with _adding:
+        _plans.clear()
 
 
 @contextlib.contextmanager
@@ -109,6 +114,8 @@ def recorder() -> Recorder | None:
 
 
 def _plannable(first: Tensor) -> bool:
+    if type(first) is not Tensor and type(first) is not torch.nn.Parameter:
+        return False
     if torch.compiler.is_compiling() or _suspended or torch._C._len_torch_dispatch_stack():
         return False
     if not first.is_cuda:
@@ -188,6 +195,18 @@ class _Unplannable(Exception):
     """Why what was seen cannot be done again."""
 
 
+class _Slot(NamedTuple):
+    """A tensor that was given, allocated or computed; it is not held, so memory is freed as without a recorder."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: torch.device
+    address: int
+    storage: StorageWeakRef
+    nbytes: int  # of the storage
+
+
 class Recorder(TorchDispatchMode):
     """Notes what a function does with its tensors while it runs."""
 
@@ -195,9 +214,9 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.reason: str | None = None
         self.steps: list[_Step] = []
-        self._slots: list[Tensor | None] = list(tensors)  # held, so that no address is taken over
+        self.slots: list[_Slot | None] = [None if t is None else _slot(t) for t in tensors]
         self._inputs = [(t.data_ptr(), _extent(t), i) for i, t in enumerate(tensors) if t is not None]
-        self._made: dict[int, int] = {}  # slot by address of its storage
+        self._made: dict[int, int] = {}  # the last slot by the address of its storage
         ends = sorted((low, low + extent) for low, extent, _ in self._inputs if extent)
         if any(a[1] > b[0] and a[0] != b[0] for a, b in itertools.pairwise(ends)):
             self.reason = "arguments overlap in memory"
@@ -206,7 +225,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         try:
             self._note(func, args, kwargs or {}, out)
-        except _Unplannable as reason:
+        except (_Unplannable, RuntimeError) as reason:  # the latter of a tensor without an address
             self.reason = self.reason or str(reason)
         return out
 
@@ -224,7 +243,7 @@ class Recorder(TorchDispatchMode):
         """Note, and return, a tensor that ``function(stream, *args)`` looks up or makes: it is not allocated here."""
         with unseen():
             out = function(stream, *args)
-        self.steps.append(_Step(function, [STREAM, *args], {}, (self._slot(out),), False, False))
+        self.steps.append(_Step(function, [STREAM, *args], {}, (self._add(out),), False, False))
         return out
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -232,51 +251,44 @@ class Recorder(TorchDispatchMode):
         outs = list(out) if several else [out]
         if not all(t is None or isinstance(t, Tensor) for t in outs):
             raise _Unplannable(f"{func} returns numbers")
-        mutates = func._schema.is_mutable
-        new = tuple(self._new(t) for t in outs)
-        if all(slot is None for slot in new) and not mutates:
-            return  # a view
         if func.overloadpacket in _ALLOCATIONS:
-            t = outs[0]
-            given = {"dtype": t.dtype, "device": t.device}
-            self.steps.append(_Step(torch.empty_strided, [tuple(t.shape), t.stride()], given, new, False, False))
+            if outs[0].numel():
+                self._allocate(outs[0])
             return
-        step = _Step(func, self._nested(args), self._nested(kwargs), new, several, mutates)
-        self.steps.append(step)
+        mutates = func._schema.is_mutable
+        read = self._nested(args), self._nested(kwargs)  # before results have slots: one may be a view of nowhere
+        new = tuple(self._add(t) if t is not None and t.numel() and self._find(t) is None else None for t in outs)
+        if mutates or any(slot is not None for slot in new):  # else a view
+            self.steps.append(_Step(func, *read, new, several, mutates))
 
-    def _new(self, t: Tensor | None) -> int | None:
-        """The slot of a tensor in memory that was not there before."""
-        if t is None or self._find(t) is not None:
-            return None
-        return self._slot(t)
+    def _allocate(self, t: Tensor) -> int:
+        given, slot = {"dtype": t.dtype, "device": t.device}, self._add(t)
+        self.steps.append(_Step(torch.empty_strided, [tuple(t.shape), t.stride()], given, (slot,), False, False))
+        return slot
 
-    def _slot(self, t: Tensor) -> int:
-        self._slots.append(t)
-        slot = len(self._slots) - 1
-        storage = t.untyped_storage()
-        if storage.nbytes():
-            self._made[storage.data_ptr()] = slot
+    def _add(self, t: Tensor) -> int:
+        """A slot for a tensor in memory that was not there before."""
+        self.slots.append(_slot(t))
+        slot = len(self.slots) - 1
+        if t.numel():
+            self._made[t.untyped_storage().data_ptr()] = slot
         return slot
 
     def _find(self, t: Tensor) -> tuple[int, int] | None:
         """Slot and offset of ``t``'s first element."""
-        address, storage = t.data_ptr(), t.untyped_storage()
-        if not storage.nbytes():
-            same = next((i for i, s in enumerate(self._slots) if s is t), None)
-            return None if same is None else (same, 0)
-        slot = self._made.get(storage.data_ptr())
-        if slot is not None:
-            made = self._slots[slot]
-            assert made is not None
-            return slot, address - made.data_ptr()
+        address = t.data_ptr()
+        slot = self._made.get(t.untyped_storage().data_ptr())
+        made = None if slot is None else self.slots[slot]
+        if slot is not None and made is not None and not made.storage.expired():
+            return slot, address - made.address
         for low, extent, i in self._inputs:
             if low <= address and address + _extent(t) <= low + extent:
                 return i, address - low
         return None
 
     def ref(self, t: Tensor, *, address: bool = False) -> _Ref:
-        """``t`` as a part of a slot."""
-        found = self._find(t)
+        """``t`` as a part of a slot; one without elements is allocated where it is read."""
+        found = self._find(t) if t.numel() else (self._allocate(t), 0)
         if found is None:
             raise _Unplannable(f"a tensor of {t.dtype} {tuple(t.shape)} came from nowhere")
         return _Ref(*found, (t.dtype, tuple(t.shape), t.stride()), address)
@@ -285,9 +297,11 @@ class Recorder(TorchDispatchMode):
         if isinstance(a, AsTensor):
             return self._argument(a.argument, False)
         if isinstance(a, Tensor):
-            return 0 if address and a.numel() == 0 else self.ref(a, address=address)
+            return self.ref(a, address=address) if a.numel() or not address else 0
         if isinstance(getattr(a, "base", None), Tensor):
             return _Described(_based(a, None), self.ref(a.base, address=address))
+        if isinstance(a, (tuple, list)) and any(isinstance(part, Tensor) for part in a):
+            raise _Unplannable("a launch takes several tensors as one argument")
         return a
 
     def _nested(self, value: Any) -> Any:
@@ -305,6 +319,12 @@ class _Described(NamedTuple):
 
     descriptor: Any  # without its tensor
     base: _Ref
+
+
+def _slot(t: Tensor) -> _Slot:
+    storage = t.untyped_storage()
+    kind = t.dtype, tuple(t.shape), t.stride(), t.device
+    return _Slot(*kind, t.data_ptr(), StorageWeakRef(storage), storage.nbytes())
 
 
 def _extent(t: Tensor) -> int:
@@ -343,7 +363,7 @@ def _record(
     if found.reason is None:
         try:
             refs = [None if t is None else found.ref(t) for t in outs]
-            return outs, _Writer(found, refs).plan()
+            return outs, _Writer(found, len(tensors), refs).plan()
         except _Unplannable as reason:
             found.reason = str(reason)
     return outs, Plan(reason=found.reason)
@@ -354,6 +374,8 @@ def _record(
 
 def _part(t: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """The tensor at ``offset`` bytes behind the first element of ``t``, in the same memory."""
+    if dtype == t.dtype:
+        return t.as_strided(shape, stride, t.storage_offset() + offset // t.itemsize)
     first = (t.storage_offset() * t.itemsize + offset) // dtype.itemsize
     return torch.empty(0, dtype=dtype, device=t.device).set_(t.untyped_storage(), first, shape, stride)
 
@@ -386,9 +408,9 @@ def _described(descriptor: Any, base: Tensor | int) -> Any:
 class _Writer:
     """Turns steps into a function ``replay(stream, t0, t1, ...)``."""
 
-    def __init__(self, recorder: Recorder, outs: list[_Ref | None]) -> None:
-        self._slots, self._outs = recorder._slots, outs
-        self._inputs = len(recorder._slots) - sum(slot is not None for step in recorder.steps for slot in step.outs)
+    def __init__(self, recorder: Recorder, inputs: int, outs: list[_Ref | None]) -> None:
+        self._slots, self._inputs, self._outs = recorder.slots, inputs, outs
+        self._device = self._slot(0).device
         self._names: dict[str, Any] = {"part": _part, "described": _described}
         self._constants: dict[int, str] = {}
         self._steps = self._live(recorder.steps)
@@ -402,8 +424,7 @@ class _Writer:
         arguments = ", ".join(["stream", *(f"t{i}" for i in range(self._inputs))])
         lines = [f"p{i} = t{i}.data_ptr()" for i in range(self._inputs) if i in self._addressed]
         if self._offsets:
-            device = self._slot(next(iter(self._offsets))).device
-            given = f"{self._nbytes}, dtype={self._constant(torch.uint8)}, device={self._constant(device)}"
+            given = f"{self._nbytes}, dtype={self._constant(torch.uint8)}, device={self._constant(self._device)}"
             lines += [f"small = {self._constant(torch.empty)}({given})", "p = small.data_ptr()"]
         last = self._last_uses()
         for n, step in enumerate(self._steps):
@@ -413,6 +434,9 @@ class _Writer:
         rows = self._rows()
         lines += [f"u{slot} = t{slot}.unbind()" for slot in rows]
         outs = [self._out(ref, rows) for ref in self._outs]
+        parts = [text for text in dict.fromkeys(outs) if text.startswith("part(")]  # one tensor, though returned twice
+        lines += [f"v{i} = {text}" for i, text in enumerate(parts)]
+        outs = [f"v{parts.index(text)}" if text in parts else text for text in outs]
         lines.append(f"return ({', '.join(outs)}{',' if len(outs) == 1 else ''})")
         source = f"def replay({arguments}):\n" + "\n".join(f"    {line}" for line in lines) + "\n"
         exec(compile(source, "<plan>", "exec"), self._names)
@@ -430,19 +454,19 @@ class _Writer:
 
     def _pack(self, as_tensors: set[int]) -> int:
         """Give the small allocations that nobody needs as tensors a place in one; returns its bytes."""
-        nbytes, kept = 0, []
+        nbytes, others = 0, []
         for step in self._steps:
             slot = step.outs[0] if step.function is torch.empty_strided else None
-            size = 0 if slot is None else self._slot(slot).untyped_storage().nbytes()
-            if slot is None or slot in as_tensors or size > _SMALL:
-                kept.append(step)
-                continue
-            self._offsets[slot] = nbytes
-            nbytes += -(-size // _APART) * _APART
-        self._steps = kept
+            made = None if slot is None or slot in as_tensors else self._slot(slot)
+            if slot is not None and made is not None and made.nbytes <= _SMALL and made.device == self._device:
+                self._offsets[slot] = nbytes
+                nbytes += -(-made.nbytes // _APART) * _APART
+            else:
+                others.append(step)
+        self._steps = others
         return nbytes
 
-    def _slot(self, slot: int) -> Tensor:
+    def _slot(self, slot: int) -> _Slot:
         found = self._slots[slot]
         assert found is not None
         return found
@@ -481,7 +505,7 @@ class _Writer:
             return f"described({self._constant(value.descriptor)}, {self._expression(value.base)})"
         if value is STREAM:
             return "stream"
-        if value is None or isinstance(value, (bool, int, str)):
+        if value is None or type(value) in (bool, int, str):
             return repr(value)
         if isinstance(value, list):
             return f"[{', '.join(map(self._expression, value))}]"
@@ -491,7 +515,7 @@ class _Writer:
 
     def _tensor(self, ref: _Ref) -> str:
         like = self._slot(ref.slot)
-        if ref.offset == 0 and ref.kind == (like.dtype, tuple(like.shape), like.stride()):
+        if ref.offset == 0 and ref.kind == like[:3]:
             return f"t{ref.slot}"
         dtype, shape, stride = ref.kind
         return f"part(t{ref.slot}, {ref.offset}, {self._constant(dtype)}, {shape}, {stride})"
@@ -507,9 +531,9 @@ class _Writer:
     def _row(self, ref: _Ref) -> int | None:
         """Which row of its slot a reference is."""
         like = self._slot(ref.slot)
-        if like.dim() < 1 or ref.kind != (like.dtype, tuple(like.shape[1:]), like.stride()[1:]) or like.stride(0) <= 0:
+        if not like.shape or ref.kind != (like.dtype, like.shape[1:], like.stride[1:]) or like.stride[0] <= 0:
             return None
-        row, rest = divmod(ref.offset, like.stride(0) * like.itemsize)
+        row, rest = divmod(ref.offset, like.stride[0] * like.dtype.itemsize)
         return row if rest == 0 and row < like.shape[0] else None
 
     def _out(self, ref: _Ref | None, rows: dict[int, list[_Ref]]) -> str:

@@ -51,3 +51,14 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def planning():
+    """Plans on the CPU too, and none from before."""
+    from resnet_fused import plans
+
+    plans.forget()
+    with plans.everywhere():
+        yield
+    plans.forget()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import threading
 import weakref
@@ -12,52 +11,18 @@ import pytest
 import torch
 from helpers import randn
 from kernel_helpers import DEVICE
+from plan_helpers import compare, draw, kept, reasons
 from test_kernels_blocks import BLOCKS, block_channels, pair
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused import ops, plans, tuning, use_backend
-from resnet_fused.cuda._device import run
+from resnet_fused import plans, tuning, use_backend
 from resnet_fused.kernels import _launch
-from resnet_fused.operands import Conv, Deferred
 from resnet_fused.ops._op import observed
 
-
-@pytest.fixture(autouse=True)
-def _planning():
-    plans.forget()
-    with plans.everywhere():
-        yield
-    plans.forget()
-
-
-def kept() -> list[str]:
-    """Sources of the plans that were made."""
-    return [plan.source for plan in plans.plans() if plan.run is not None]
-
-
-def reasons() -> list[str | None]:
-    return [plan.reason for plan in plans.plans()]
-
-
-def compare(function, static, *rounds) -> None:
-    """Every round planned, bit for bit as written: the first two teach, the rest replay."""
-    for tensors in rounds:
-        copies = [None if t is None else t.clone() for t in tensors]
-        expected = function(static, *copies)
-        found = plans.call(function, static, tensors)
-        assert len(found) == len(expected)
-        for f, e in zip(found, expected, strict=True):
-            assert (f is None) == (e is None)
-            if f is not None:
-                assert (f.dtype, f.shape, f.stride()) == (e.dtype, e.shape, e.stride())
-                assert torch.equal(f, e)
-        for t, changed in zip(tensors, copies, strict=True):  # what the function writes to, the plan writes to
-            assert t is None or torch.equal(t, changed)
-
-
-def draw(*shape: int, rounds: int = 4, **options) -> list[Tensor]:
-    return [randn(*shape, seed=seed, device=DEVICE, **options) for seed in range(rounds)]
+pytestmark = pytest.mark.usefixtures("planning")
 
 
 # --- functions of PyTorch's operators ---------------------------------------------------------------------------------
@@ -143,14 +108,33 @@ def test_another_kind_of_tensors_is_another_plan(change):
 
 
 def test_settings_that_decide_are_part_of_the_kind():
-    xs = draw(4)
+    xs = draw(4, dtype=torch.float32)
     compare(_twice, None, *[(x, x) for x in xs])
     with use_backend("reference"):
         compare(_twice, None, *[(x, x) for x in xs])
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        compare(_twice, None, *[(x, x) for x in xs])
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
     with torch.inference_mode():
         for x in xs:
             plans.call(_twice, None, [x, x])
-    assert len(kept()) == 3
+    assert len(kept()) == 4
+
+
+def test_views_without_elements_and_what_is_returned_twice():
+    def function(static, x, y):
+        part = torch.exp(x)[1:, 1:]
+        empty = torch.cat([part[:0], y[:0, 1:], x[:0, 5:6].expand(0, part.shape[1])])
+        return part, empty, part, y[:0], part[:, 0], x.new_empty(0, 3)
+
+    rounds = [(x, y) for x, y in zip(draw(4, 6), draw(4, 6), strict=True)]
+    compare(function, None, *rounds)
+    assert len(kept()) == 1, reasons()
+    outs = plans.call(function, None, rounds[0])
+    assert outs[0] is outs[2]
 
 
 # --- what cannot be planned, and when nothing is ----------------------------------------------------------------------
@@ -163,22 +147,84 @@ def _reads_a_number(static, x):
 
 
 def _from_nowhere(static, x):
-    return (x + _constant.to(x.device),)
+    return (x + _constant,)
 
 
+def _view_from_nowhere(static, x):
+    return (x + _constant.view(2, 2).t().reshape(4),)
+
+
+def _made_from_values(static, x):
+    return (x * torch.tensor(2.0),)
+
+
+def _without_address(static, x):
+    return ((2 * x).to_sparse().to_dense(),)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the constants lie on the CPU")
 @pytest.mark.parametrize(
     ("function", "reason"),
-    [(_reads_a_number, "aten._local_scalar_dense.default returns numbers"), (_from_nowhere, "came from nowhere")],
-    ids=["a number", "a tensor from nowhere"],
+    [
+        (_reads_a_number, "aten._local_scalar_dense.default returns numbers"),
+        (_from_nowhere, "came from nowhere"),
+        (_view_from_nowhere, "came from nowhere"),
+        (_made_from_values, "came from nowhere"),
+        (_without_address, "Cannot access data pointer"),
+    ],
+    ids=lambda v: v.__name__ if callable(v) else "",
 )
 def test_what_cannot_be_planned_runs_as_written(function, reason):
-    if DEVICE == "cuda" and function is _from_nowhere:
-        pytest.skip("copied to the device within the function")
     for x in draw(4):
         assert torch.equal(plans.call(function, None, [x])[0], function(None, x)[0])
     assert kept() == []
     (found,) = reasons()
     assert reason in found
+
+
+def test_an_exception_while_it_is_recorded_is_no_plan_and_does_not_come_again():
+    def function(static, x):
+        if plans.recorder() is not None:
+            raise torch.OutOfMemoryError("recording needs more")
+        return (2 * x,)
+
+    xs = draw(8)
+    plans.call(function, None, [xs[0]])
+    with pytest.raises(torch.OutOfMemoryError, match="recording needs more"):
+        plans.call(function, None, [xs[1]])
+    for x in xs[2:]:
+        assert torch.equal(plans.call(function, None, [x])[0], 2 * x)
+    assert reasons() == ["failed while it was recorded"]
+    assert plans.recorder() is None
+
+
+def test_tensors_without_memory_are_never_planned():
+    """Neither a fake tensor's call nor a real one's by what a fake one did."""
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in draw(4)]
+    for x in fake:
+        (found,) = plans.call(_twice, None, [x, x])
+        assert found.shape == x.shape
+    assert plans.plans() == []
+    compare(_twice, None, *[(x, x) for x in draw(4)])
+    assert len(kept()) == 1
+
+
+def test_recording_frees_memory_when_the_function_does():
+    counts = []
+
+    def counting(static, x):
+        made = []
+        for _ in range(4):
+            x = torch.exp(x)
+            made.append(StorageWeakRef(x.untyped_storage()))
+        counts.append(sum(not storage.expired() for storage in made))
+        return (x,)
+
+    for x in draw(64):
+        plans.call(counting, None, [x])
+    assert counts == [1, 1]  # as written, and recorded
+    assert len(kept()) == 1
 
 
 def test_arguments_that_overlap_are_not_planned():
@@ -272,79 +318,6 @@ def test_threads_plan_for_themselves():
     for thread in threads:
         thread.join()
     assert failures == []
-
-
-# --- launches ---------------------------------------------------------------------------------------------------------
-
-
-def _add(x: int, y: int, out: int, count: int, stream: int) -> None:
-    """``out = x + y`` of ``count`` floats on the CPU, from addresses as a kernel gets them."""
-    a, b, c = ((ctypes.c_float * count).from_address(at) for at in (x, y, out))
-    c[:] = [i + j for i, j in zip(a, b, strict=True)]
-
-
-def _launched(static, x):
-    """x + 2 x + 3 x, by way of tensors that are allocated for launches alone and one for PyTorch's operators."""
-    none, twice, both = x.new_empty(0), torch.empty_like(x), x.new_empty(3, *x.shape)
-    for a, b, out in ((x, x, twice), (twice, x, both[1]), (both[1], twice, both[0]), (both[0], x, both[2])):
-        run(_called_with(none), x.device, a, b, out, x.numel())
-    return both[0] + both[2].neg(), none
-
-
-def _called_with(none: Tensor):
-    assert none.numel() == 0
-    return _add
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="the launches run on the CPU")
-def test_launches_by_address():
-    xs = [(8 * x).round() for x in draw(5, 7, dtype=torch.float32)]  # sums are exact
-    compare(_launched, None, *[(x,) for x in xs])
-    for x in xs:
-        assert torch.equal(plans.call(_launched, None, [x])[0], -x)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="the launches run on the CPU")
-@pytest.mark.parametrize(
-    ("count", "allocations"), [(40, ["1024", None]), (1 << 17, [None] * 4)], ids=["small", "large"]
-)
-def test_small_memory_of_launches_is_allocated_together(count, allocations):
-    def function(static, x):
-        a, b, wide, out = (torch.empty(n * count, device=x.device) for n in (1, 1, 2, 1))
-        for source, to in ((x, a), (a, b), (b, wide[count:]), (wide[count:], out)):
-            run(_add, x.device, source, source, to, count)
-        return (out,)
-
-    for x in draw(count, dtype=torch.float32):
-        assert torch.equal(plans.call(function, None, [x])[0], 16 * x)
-    (source,) = kept()
-    found = [line for line in source.splitlines() if "dtype=" in line]
-    assert len(found) == len(allocations)
-    # In it 160, 160 and 320 bytes begin at multiples of 256.
-    assert all(nbytes is None or f"({nbytes}, " in line for line, nbytes in zip(found, allocations, strict=True))
-
-
-def _convolutions(backend, x, scale, shift, weight, next_weight):
-    """Two ops, one of which reads what the other wrote."""
-    with use_backend(backend):
-        y, tiles = ops.conv(weight.shape[-1]).fprop(Deferred(x, scale, shift), weight, Conv(), statistics=True)
-        norm, var = ops.batch_norm.finalize(tiles, None, None, 1e-5)
-        z, _ = ops.conv(next_weight.shape[-1]).fprop(
-            Deferred(y, norm.scale, norm.shift), next_weight, Conv(), statistics=False
-        )
-    return y, *norm, var, z
-
-
-@pytest.mark.parametrize("backend", ["triton", "aten", "reference"])
-def test_launches_of_kernels(backend):
-    rounds = []
-    for seed in range(4):
-        x = randn(2, 16, 5, 7, seed=seed, device=DEVICE, dtype=torch.float16).to(memory_format=torch.channels_last)
-        scale, shift = randn(16, seed=seed + 10, device=DEVICE), randn(16, seed=seed + 20, device=DEVICE)
-        weights = [randn(k, c, 1, 1, seed=seed + k, device=DEVICE, dtype=torch.float16) for k, c in ((24, 16), (8, 24))]
-        rounds.append((x, scale.float(), shift.float(), *weights))
-    compare(_convolutions, backend, *rounds)
-    assert len(kept()) == 1, reasons()
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
