@@ -20,7 +20,7 @@ from resnet_fused import config
 
 logger = logging.getLogger("resnet_fused")
 fallbacks: Counter[tuple[str, str]] = Counter()
-"""How often an op or block did not take its fused path, by (name, reason)."""
+"""How often an op or block did not take its fused path, by (name, reason); an op that a plan repeats is not asked."""
 SLOWER = "another backend was measured to be faster on this GPU"
 
 

@@ -120,7 +120,15 @@ def _plannable(first: Tensor) -> bool:
         return False
     if not first.is_cuda:
         return _everywhere
-    return config.plans() and not torch.cuda.is_current_stream_capturing()
+    return config.plans() and not captures(first.device)
+
+
+def captures(device: torch.device) -> bool:
+    """Whether the current stream of a CUDA device is being captured into a graph."""
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _kinds(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:

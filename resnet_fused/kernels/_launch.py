@@ -133,14 +133,6 @@ _captured: dict[tuple[int | None, int], tuple[int, Tensor]] = {}
 _COUNTERS = 4096
 
 
-def _captures(device: torch.device) -> bool:
-    """Whether the device's current stream is being captured into a graph."""
-    if device.index == torch.cuda.current_device():
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 def counters(device: torch.device, needed: int) -> Tensor:
     """Zeros (int32) that a kernel counts its programs' arrivals in, and leaves at zero again.
 
@@ -148,7 +140,7 @@ def counters(device: torch.device, needed: int) -> Tensor:
     stream: what is captured gets a buffer of its own, which the graph zeroes.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if device.type == "cuda" and _captures(device):
+    if device.type == "cuda" and plans.captures(device):
         return _counters_of_capture(stream, device, needed)
     recorder = plans.recorder()
     return (
