@@ -184,7 +184,7 @@ def forced_backend() -> str | None:
 
 def same_backend(name: str | None) -> Any:
     """The backend that forward ran under."""
-    return contextlib.nullcontext() if name is None else backends.use_backend(name)
+    return contextlib.nullcontext() if name is None or name == backends.forced() else backends.use_backend(name)
 
 
 def planned(

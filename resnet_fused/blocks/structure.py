@@ -146,7 +146,9 @@ def sources(structure: Structure) -> list[Tensor | None]:
     none = (None,) * 4
     found: list[Tensor | None] = []
     for conv, norm in structure.layers:
-        found += (conv.weight, conv.bias, *(none if norm is None else norms.parameters(norm)))
+        own = conv._parameters  # attribute look-up is slow, as in norms.parameters
+        pair = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (conv.weight, conv.bias)
+        found += (*pair, *(none if norm is None else norms.parameters(norm)))
     for norm in (structure.unit.pre, structure.unit.post):
         if norm is not None:
             found += (None, None, *norms.parameters(norm))
@@ -173,6 +175,8 @@ def chain_shape(structure: Structure, shape: tuple) -> tuple:
 
 def output_shape(conv: nn.Conv2d, shape: tuple) -> tuple:
     """Shape of ``conv``'s output for an input of ``shape``."""
+    if conv.stride[0] == 1:
+        return (shape[0], conv.out_channels, *shape[2:])  # what is fused has its padding
     size = (output_size(s, conv.kernel_size[0], conv.stride[0], conv.dilation[0]) for s in shape[2:])
     return (shape[0], conv.out_channels, *size)
 

@@ -41,15 +41,14 @@ def train(block: Any, structure: Structure, x: Tensor) -> Tensor:
     outside = _outside(structure, x, read)
     mixed = mixture(structure, x, outside, dtype)
     tiles = carried.received(x) if structure.unit.pre is not None and x.dtype == dtype else None
-    with no_autocast(x):
-        inputs = Inputs(
-            channels_last(read.to(dtype)),
-            _shortcut(structure, x, outside, dtype),
-            mixed.gate,
-            None if unit.prelu is None else unit.prelu.weight,
-            None if unit.end_prelu is None else unit.end_prelu.weight,
-            *(tiles or ()),
-        )
+    inputs = Inputs(
+        channels_last(read.to(dtype)),
+        _shortcut(structure, x, outside, dtype),
+        mixed.gate,
+        None if unit.prelu is None else unit.prelu.weight,
+        None if unit.end_prelu is None else unit.end_prelu.weight,
+        *(tiles or ()),
+    )
     emits = getattr(block, "emit_statistics", False) and block.training and not torch.compiler.is_compiling()
     branch = _branch_spec(structure, dtype, block._resnet_fused_memory == "recompute")
     end = EndSpec(
