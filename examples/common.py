@@ -47,14 +47,14 @@ def parser(doc: str | None, examples: str) -> argparse.ArgumentParser:
 
 
 def launch(run: Callable[[argparse.Namespace, Output], Any], args: argparse.Namespace) -> int:
-    """Exit code of ``run(args, output)``: 2 and one line on stderr for wrong input."""
+    """Exit code of ``run(args, output)``: 2 and one line on stderr for wrong input, 1 if it returns False."""
     try:
         require(Path(sys.argv[0]).name, "matplotlib", "sklearn", extra="demo")
-        run(args, Output())
+        result = run(args, Output())
     except UsageError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 1 if result is False else 0
 
 
 def folder(path: Path) -> Path:
@@ -165,7 +165,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+def figure(
+    path: Path, rows: int, columns: int, size: tuple[float, float], *, dpi: int = 120
+) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes (an array of ``rows`` x ``columns``), written to the PNG ``path`` at the end."""
     import matplotlib
 
@@ -176,6 +178,6 @@ def figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> It
     try:
         yield made, axes
         with replacing(path) as temporary:
-            made.savefig(temporary, dpi=120, format="png")
+            made.savefig(temporary, dpi=dpi, format="png")
     finally:
         plt.close(made)

@@ -146,14 +146,17 @@ def synthetic(train: int, test: int, normalise: str = "pixel", seed: int = 0) ->
     return _normalised(name, pixels[:train], labels[:train], pixels[train:], labels[train:], normalise)
 
 
-def real_digits() -> Dataset:
-    """scikit-learn's digits, as ``python -m resnet_fused demo`` splits and normalises them."""
+def real_digits(size: int = 8) -> Dataset:
+    """scikit-learn's digits, split and normalised as in ``python -m resnet_fused demo``, scaled to ``size`` pixels."""
     found = digits.load()
     mean, deviation = torch.zeros(1), torch.ones(1)
-    train = Images(found.x.contiguous(), found.y, mean, deviation)
-    test = Images(found.test_x.contiguous(), found.test_y, mean, deviation)
+    x, test_x = (images.contiguous() for images in (found.x, found.test_x))
+    if size != x.shape[-1]:
+        x, test_x = (F.interpolate(images, (size, size), mode="bilinear") for images in (x, test_x))
+    train, test = Images(x, found.y, mean, deviation), Images(test_x, found.test_y, mean, deviation)
+    scaled = "" if size == 8 else f" scaled to {size}x{size}"
     counts = f"{len(train.labels):,} to train on, {len(test.labels):,} to test on"
-    return Dataset(f"scikit-learn's handwritten digits, 8x8 pixels: {counts}", train, test)
+    return Dataset(f"scikit-learn's handwritten digits, 8x8 pixels{scaled}: {counts}", train, test)
 
 
 def _normalised(name: str, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, normalise: str) -> Dataset:

@@ -149,9 +149,9 @@ class Trainer:
         crops = Crops.draw(batch, self.crops).share(rank, size) if self.recipe.augment else None
         x, labels = self.data.train.batch(chosen[rank::size], crops)
         self.model.train()
-        with self._autocast():
+        with self.autocast():
             logits = self.model(x)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         rate, scale = self.optimizer.param_groups[0]["lr"], self.scaler.get_scale()
@@ -164,7 +164,8 @@ class Trainer:
         if self.steps % self.steps_per_epoch == 0:
             self._end_epoch(rate)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The context that the network is called in."""
         dtype = AMP[self.recipe.amp]
         return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
@@ -200,7 +201,7 @@ class Trainer:
         wrong = torch.zeros(1, dtype=torch.float64, device=self.device)
         for index in torch.arange(len(images.labels))[rank::size].split(_TEST_BATCH):
             x, labels = images.batch(index)
-            with self._autocast():
+            with self.autocast():
                 wrong += (self.network(x).argmax(1) != labels).sum()
         return 100 * self._added(wrong).item() / len(images.labels)
 

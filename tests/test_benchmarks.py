@@ -796,6 +796,8 @@ def test_the_gpu_script_ends_in_time(tmp_path):
 def test_the_gpu_script_refuses_other_arguments_in_one_line(tmp_path, arguments):
     done, calls = on_gpu(tmp_path, *arguments)
     assert done.returncode == 2
-    assert done.stderr.startswith("on_gpu.sh: expected test, sanitize, tune, bench, profile or converge, a folder and seconds")
+    assert done.stderr.startswith(
+        "on_gpu.sh: expected test, sanitize, tune, bench, profile or converge, a folder and seconds"
+    )
     assert len(done.stderr.splitlines()) == 1
     assert not calls

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
 import itertools
+import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from matplotlib import image
+from scipy import stats
+from torch import nn
 from torch.nn import functional as F
 
-from resnet_fused import models
-from resnet_fused.cli.output import Output, UsageError
+from resnet_fused import models, ops
+from resnet_fused.cli.output import Output, UsageError, finite
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
-SCRIPTS = ("train_cifar", "degradation", "variants", "signal_propagation")
+SCRIPTS = ("train_cifar", "degradation", "variants", "signal_propagation", "convergence")
 
 sys.path.insert(0, str(FOLDER))
 checkpoints, common, images, trainer = map(importlib.import_module, ("checkpoints", "common", "images", "trainer"))
-train_cifar, degradation, variants, signal_propagation = map(importlib.import_module, SCRIPTS)
+significance = importlib.import_module("significance")
+train_cifar, degradation, variants, signal_propagation, convergence = map(importlib.import_module, SCRIPTS)
 sys.path.remove(str(FOLDER))
 
 
@@ -654,3 +661,248 @@ def test_the_sums_of_the_paper_are_not_met_by_other_factors(monkeypatch) -> None
     assert max(signal_propagation.check_sums(units, x, last)) < 1e-13
     monkeypatch.setattr(signal_propagation, "factor", lambda rule, x: 1.0)
     assert min(signal_propagation.check_sums(units, x, last)) > 1e-3
+
+
+# --- significance ---------------------------------------------------------------------------------------------------
+
+
+def test_larger_counts_every_choice_of_ranks() -> None:
+    for ours, theirs in (
+        ([3.0, 5.0, 6.5], [1.0, 2.0, 4.0, 6.0]),
+        ([1.0, 2.0], [3.0, 4.0, 5.0]),
+        ([9.0, math.inf], [1.0]),
+    ):
+        both = ours + theirs
+        wins = sum(a > b for a in ours for b in theirs)
+        choices = list(itertools.combinations(range(len(both)), len(ours)))
+        sums = [sum(both[i] > both[j] for i in c for j in range(len(both)) if j not in c) for c in choices]
+        assert significance.larger(ours, theirs) == pytest.approx(sum(s >= wins for s in sums) / len(choices))
+
+
+@pytest.mark.parametrize("pairs", [3, 8])
+def test_sign_flips_of_one_column_are_scipys(pairs) -> None:
+    for seed in range(5):
+        d = torch.randn(pairs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+        test = stats.permutation_test((d.numpy(),), lambda x: x.mean(), permutation_type="samples", n_resamples=2**12)
+        assert significance.sign_flips(d[:, None], torch.zeros(1)) == pytest.approx(test.pvalue)
+
+
+def test_sign_flips_are_exact_for_several_columns() -> None:
+    """Of all choices of signs, a share of p has a p as small; units and columns of zeros change nothing."""
+    d = torch.randn(7, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    d[:, 1] = d[:, 0] + 0.1 * d[:, 1]
+    signs = torch.tensor(list(itertools.product([1.0, -1.0], repeat=7)), dtype=torch.float64)
+    found = torch.tensor([significance.sign_flips(s[:, None] * d, torch.zeros(3)) for s in signs])
+    for p in found:
+        assert (found <= p + 1e-9).float().mean() == pytest.approx(p.item())
+    units = torch.tensor([1e9, 1.0, 1e-9])
+    p = significance.sign_flips(torch.cat([d * units, torch.zeros(7, 2)], 1), torch.zeros(5))
+    assert p == significance.sign_flips(d, torch.zeros(3))
+
+
+def test_sign_flips_at_the_ends() -> None:
+    one, none = torch.full((10, 4), 0.1, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    assert significance.sign_flips(one, none) == 2 / 2**10
+    assert significance.sign_flips(0 * one, none) == 1
+    assert significance.sign_flips(math.nan * one, none) == 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sign_flips_allow_what_no_one_minds(sign) -> None:
+    d = sign * (1 + 0.01 * torch.randn(10, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    for allowed, p in ((0.5, 2 / 2**10), (0.9, 2 / 2**10), (1.1, 1), (100, 1)):
+        assert significance.sign_flips(d, torch.tensor([allowed], dtype=torch.float64)) == p
+
+
+# --- convergence ----------------------------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """A whole run of the script, and what its verdict was made from."""
+
+    passed: bool
+    folder: Path
+    args: Any
+    runs: list[Any]
+
+
+@functools.cache
+def few_digits(size: int = 8) -> Any:
+    """Three batches to train on."""
+    data = images.real_digits(size)
+    train, test = (part._replace(pixels=part.pixels[:48], labels=part.labels[:48]) for part in data[1:])
+    return images.Dataset(data.name, train, test)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Any:
+    folder, runs = tmp_path_factory.mktemp("convergence"), []
+    options = ("--quick", "--seeds", "10", "--epochs", "2", "--batch", "16", "--processes", "1", "--size", "9")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convergence, "real_digits", few_digits)
+        train = convergence.train
+        patch.setattr(convergence, "train", lambda *job: runs.append(train(*job)) or runs[-1])
+        passed = call(convergence, folder, *options)
+        yield Trained(passed, folder, convergence.parse([*options, "--device", "cpu"]), [*itertools.chain(*runs)])
+
+
+def test_a_faithful_network_passes_and_the_files_say_how(trained) -> None:
+    assert trained.passed is True
+    rows = rows_of(trained.folder / "convergence.csv")
+    keys = {(row["precision"], row["kind"], row["seed"], row["epoch"]) for row in rows}
+    assert keys == set(itertools.product(("fp32", "bf16"), convergence.KINDS, map(str, range(10)), "12"))
+    assert_picture(trained.folder / "convergence.png")
+    document = json.loads((trained.folder / "convergence.json").read_text())
+    assert document["machine"]["torch"] == torch.__version__
+    assert document["machine"]["name"]
+    assert (document["fused"], document["backend"], document["fallbacks"]) == ("3 of 3", "auto", [])
+    assert document["backends"]["conv3x3_bprop"] == "aten"
+    assert "scaled to 9x9" in document["data"]
+    for precision, found in document["precisions"].items():
+        last = {
+            (row["kind"], row["seed"]): float(row["train_loss"])
+            for row in rows
+            if (row["precision"], row["epoch"]) == (precision, "2")
+        }
+        paired = [last["fused", str(seed)] - last["eager", str(seed)] for seed in range(10)]
+        told = found["runs"]["fused"]["train_loss"]
+        assert told["mean"] == pytest.approx(sum(v for (kind, _), v in last.items() if kind == "fused") / 10)
+        assert told["minus_eager"] == pytest.approx(sum(paired) / 10, rel=1e-6)
+        assert told["error"] == pytest.approx(stats.sem(paired))
+        assert found["passed"]
+        assert 0.5 < found["off fp64, times eager"]["median"] < 1.5
+
+
+def test_deviations_are_those_from_fp64(trained) -> None:
+    for precision, least, most in (("fp32", 1e-8, 1e-5), ("bf16", 1e-4, 0.1)):
+        for kind in convergence.KINDS:
+            found = [run.away["logits"] for run in trained.runs if (run.precision, run.kind) == (precision, kind)]
+            assert len(found) == 10
+            assert least < median(found) < most, kind
+    t = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    assert convergence._away(t + torch.tensor([0.5, 0]), t) == pytest.approx(0.1)
+    assert convergence._away(t * math.nan, t) == math.inf
+    assert (convergence._away(0 * t, 0 * t), convergence._away(t, 0 * t) > 1e6) == (0, True)
+
+
+def momentum(network: nn.Module) -> None:
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.101
+
+
+def scaled(which: str, factor: float, after: int = 0) -> Callable[[nn.Module], None]:
+    """Gradients of the parameters whose names end in ``which``, from the update behind number ``after`` on."""
+
+    def change(network: nn.Module) -> None:
+        for name, parameter in network.named_parameters():
+            if name.endswith(which):
+                updates = itertools.count()
+                parameter.register_hook(lambda grad, u=updates: grad * (factor if next(u) >= after else 1))
+
+    return change
+
+
+def biased_variance(patch: pytest.MonkeyPatch) -> None:
+    finalize = ops.batch_norm.finalize
+
+    def change(tiles, *args):
+        norm, var = finalize(tiles, *args)
+        count = tiles.counts.sum()
+        return norm, var * (count - 1) / count
+
+    patch.setattr(ops.batch_norm, "finalize", change)
+
+
+WRONG = {
+    "momentum": (momentum, "bf16", "start"),
+    "gamma's gradient": (scaled("bn2.weight", 1.02), "fp32", "start"),
+    "one gradient": (scaled("layer2.0.conv1.weight", 1.001), "fp32", "start"),
+    "biased variance": (biased_variance, "fp32", "start"),
+    "later": (scaled("weight", 0.9, after=1), "fp32", "training"),
+    "later in bf16": (scaled("weight", 0.9, after=1), "bf16", "training"),
+}
+
+
+@pytest.fixture(scope="module")
+def truth(trained) -> Any:
+    """The first update in fp64, by seed."""
+    trainers = {seed: convergence._trainer("fp64", "eager", seed, trained.args, "cpu") for seed in range(10)}
+    return {seed: convergence._first_update(trainer) for seed, trainer in trainers.items()}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_network_fails(name, trained, truth, monkeypatch) -> None:
+    change, precision, expected = WRONG[name]
+    network = convergence.network
+
+    def changed(kind: str, *options: Any) -> nn.Module:
+        made = network(kind, *options)
+        if change is not biased_variance:
+            change(made)
+        return made
+
+    if change is biased_variance:
+        biased_variance(monkeypatch)
+    monkeypatch.setattr(convergence, "network", changed)
+    fused = [convergence._train(precision, "fused", seed, truth[seed], trained.args, "cpu") for seed in range(10)]
+    eager = [run for run in trained.runs if run.precision == precision and run.kind != "fused"]
+    found = convergence.judge(fused + eager, trained.args.epochs)
+    assert not found["passed"]
+    assert next(test for test, p in found["p"].items() if p < significance.LEVEL) == expected
+
+
+@pytest.mark.parametrize(("fused", "p"), [(3.9, 1.0), (4.1, 2 / math.comb(20, 10))])
+def test_the_first_update_may_be_twice_as_far_off_as_the_worse_layout(fused, p) -> None:
+    """Two tensors, one of them beyond: p is that of all 10 seeds being the larger ones, times two."""
+    of_kind = {"eager": 1.0, "eager NCHW": 2.0, "fused": fused}
+    own = {
+        kind: [convergence.Run("fp32", kind, i, {"x": x * (1 + i / 1e3), "y": 1.0}, [], []) for i in range(10)]
+        for kind, x in of_kind.items()
+    }
+    found, ratios = convergence._start(own)
+    assert found == pytest.approx(p)
+    assert ratios == pytest.approx({"x": fused / 2, "y": 1})
+
+
+def test_a_fused_network_that_diverges_fails(trained) -> None:
+    runs = [run for run in trained.runs if run.precision == "fp32"]
+    last = next(i for i, run in enumerate(runs) if run.kind == "fused")
+    runs[last] = runs[last]._replace(rows=[runs[last].rows[0] | {"train_loss": math.nan}])
+    found = convergence.judge(runs, trained.args.epochs)
+    assert (found["passed"], found["p"]["training"]) == (False, 0)
+    assert json.loads(json.dumps(finite(found), allow_nan=False))["runs"]["fused"]["train_loss"]["mean"] == "nan"
+
+
+def test_the_exit_code_of_convergence_is_that_of_the_verdict(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["convergence.py"])
+    for passed, code in ((True, 0), (False, 1), (None, 0)):
+        assert common.launch(lambda args, out, passed=passed: passed, None) == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--seeds", "9"), "argument --seeds: invalid choice: 9"),
+        (("--seeds", "17"), "argument --seeds: invalid choice: 17"),
+        (("--size", "7"), "argument --size: expected an integer of at least 8, got '7'"),
+        (("--depth", "9"), "expected depth to be 6n + 2"),
+        (("--depth", "0"), "expected depth to be at least 8, got 0"),
+        (("--bottleneck", "--depth", "8"), "expected depth to be at least 11, got 8"),
+        (("--batch", "1348"), "training images, got 1348"),
+        (("--device", "tpu"), "argument --device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        (("--rate", "0"), "argument --rate: expected a rate above 0, got '0'"),
+    ],
+)
+def test_wrong_options_of_convergence(arguments, expected, tmp_path, monkeypatch, capsys) -> None:
+    """Before anything is trained."""
+    monkeypatch.setattr(common, "parallel", None)
+    monkeypatch.setattr(sys, "argv", ["convergence.py"])
+    try:
+        code = common.launch(
+            convergence.run, convergence.parse(["--out", str(tmp_path), "--device", "cpu", *arguments])
+        )
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert expected in capsys.readouterr().err

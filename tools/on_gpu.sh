@@ -9,17 +9,19 @@
 #   bench      OUT/benchmark.json; pytest's arguments (default: benchmarks -m headline)
 #   profile    a Bottleneck of ResNet-50, forward and backward, under ncu, then a training step under torch.profiler;
 #              arguments of `python -m resnet_fused profile`
+#   converge   OUT/convergence: does a fused network train as the eager one does; arguments of examples/convergence.py
+#              (default: --size 32)
 #
 # A stage ends after SECONDS (default 500) and half a minute at most; what it has by then is kept. The exit code is that
-# of its worst command. RESNET_FUSED_BACKEND=cuda,triton,aten has bench and profile run kernels that are no default yet.
+# of its worst command. RESNET_FUSED_BACKEND=cuda,triton,aten has bench, profile and converge run kernels that are no default yet.
 # PYTHON names the interpreter (default: python3). Compiled kernels stay in build/triton for the stages that follow. Wheels in
 # build/wheels are installed first: pytest-xdist, say, without which the tests take one process and many times as long.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 stage="${1-}" out="${2-}" limit="${3-500}"
-if [[ ! "$stage" =~ ^(test|sanitize|tune|bench|profile)$ || -z "$out" || ! "$limit" =~ ^[1-9][0-9]*$ ]]; then
-    echo "on_gpu.sh: expected test, sanitize, tune, bench or profile, a folder and seconds, got: $*" >&2
+if [[ ! "$stage" =~ ^(test|sanitize|tune|bench|profile|converge)$ || -z "$out" || ! "$limit" =~ ^[1-9][0-9]*$ ]]; then
+    echo "on_gpu.sh: expected test, sanitize, tune, bench, profile or converge, a folder and seconds, got: $*" >&2
     exit 2
 fi
 arguments=("${@:4}")
@@ -150,6 +152,15 @@ profile)
         "${arguments[@]}" > "$logs/torch.log" 2>&1
     note $? torch
     tail -c 5500 "$logs/torch.log"
+    ;;
+converge)
+    ((${#arguments[@]})) || arguments=(--size 32)
+    extension "$(left 4)"
+    note $? "the CUDA extension"
+    within "$(left)" "$python" examples/convergence.py --device cuda --out "$out/convergence" "${arguments[@]}" \
+        > "$logs/converge.log" 2>&1
+    note $? converge
+    tail -n 40 "$logs/converge.log"
     ;;
 esac
 exit $worst

@@ -49,7 +49,7 @@ class Output:
     def emit(self, document: dict[str, Any]) -> None:
         """Print ``document`` with ``--json``; NaN and infinities, which JSON lacks, become strings."""
         if self.json_mode:
-            print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+            print(json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False))
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Advance]:
@@ -74,11 +74,12 @@ def _console(*, stderr: bool) -> Console:
     return console
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` with NaN and infinities as strings: JSON has no numbers for them."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
