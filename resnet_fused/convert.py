@@ -27,7 +27,7 @@ Filter = Callable[[str, nn.Module], bool]
 FUSED = (FusedResidual, FusedStem, FusedNorm)
 """Mixins of all that :func:`fuse` makes."""
 
-MEMORY = ("save", "recompute")
+MEMORY = ("save", "projections", "recompute")
 """What :func:`fuse` takes as ``memory``."""
 
 
@@ -57,11 +57,11 @@ def fuse(
     Args:
         model: any module; blocks of torchvision, timm and this package are found at any depth.
         backend: force one backend on these blocks in eager mode; "auto" chooses per op.
-        memory: what a block keeps for backward: "save" its input and every convolution's output; "recompute" all but
-            what the sum read, the outputs of the last convolution and of the projection (a Bottleneck's largest),
-            which backward computes once more from the same operands. Under torch.compile the compiler has the last
-            word. Stems and norms have nothing to recompute; nor has a block whose gate is computed from the branch
-            (squeeze-and-excitation), for the gate keeps it.
+        memory: what a block keeps for backward: "save" its input and every convolution's output; "projections" all but
+            the output of the shortcut's projection; "recompute" neither that nor the last convolution's output, a
+            Bottleneck's largest. Backward computes what is missing once more from the same operands. Under
+            torch.compile the compiler has the last word. Stems and norms have nothing to recompute; nor has a block
+            whose gate is computed from the branch (squeeze-and-excitation), for the gate keeps it.
         filter_fn: called with (qualified name, module); only those for which it returns True are swapped.
         strict: raise instead of leaving a candidate unfused or finding none.
     Returns:

@@ -14,6 +14,7 @@ from torch import nn
 from resnet_fused import backends
 from resnet_fused.blocks import paths
 from resnet_fused.blocks.residual import FusedResidual
+from resnet_fused.blocks.structure import Structure, read
 from resnet_fused.convert import FUSED, candidates, reason_to_decline
 
 
@@ -27,7 +28,7 @@ class Row:
     reason: str | None = None  # code
     detail: str | None = None  # sentence
     backends: dict[str, str] = field(default_factory=dict)  # op -> backend, for the device of the block's parameters
-    memory: str = "save"  # or recompute: what a fused block keeps for backward
+    memory: str = "save"  # or projections, recompute: what a fused block keeps for backward
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Report:
         blocks = [row for row in self.rows if row.kind not in ("stem", "norm")]
         fused = sum(row.status == "fused" for row in blocks)
         stems = [row.status for row in self.rows if row.kind == "stem"]
-        recomputing = sum(row.memory == "recompute" for row in blocks)
+        recomputing = sum(row.memory != "save" for row in blocks)
         told = f" ({recomputing} recompute in backward)" if recomputing else ""
         summary = f"{fused} of {len(blocks)} blocks fused{told}; stem: {', '.join(stems) or 'none found'}"
         ends = [row.status for row in self.rows if row.kind == "norm"]
@@ -114,12 +115,15 @@ def _kind(module: nn.Module) -> str:
     return fused.kind
 
 
-def _memory(module: nn.Module) -> str:
-    """What a fused module keeps for backward; one whose gate reads the branch has nothing to recompute."""
-    if not isinstance(module, FusedResidual):
+def _memory(module: Any) -> str:
+    """What a fused module keeps for backward: "save" where there is nothing to recompute."""
+    structure = read(module) if isinstance(module, FusedResidual) else None
+    if not isinstance(structure, Structure):
         return "save"
-    mixing = module._unit().mixing
-    return "save" if mixing is not None and mixing.reads_branch else module._resnet_fused_memory
+    mixing, memory = structure.unit.mixing, module._resnet_fused_memory
+    if memory == "projections" and structure.projection is None:
+        return "save"
+    return "save" if mixing is not None and mixing.reads_branch else memory
 
 
 def _backends(module: Any, kind: str) -> dict[str, str]:

@@ -456,7 +456,7 @@ def test_unknown_memory_is_refused_first(memory):
         before = state_of(model)
         with pytest.raises(ValueError) as caught:
             fuse(model, backend="reference", memory=memory)
-        assert str(caught.value) == f"fuse: expected memory one of save, recompute, got {memory!r}"
+        assert str(caught.value) == f"fuse: expected memory one of save, projections, recompute, got {memory!r}"
         assert state_of(model) == before
 
 
@@ -465,7 +465,10 @@ def memory_of(model: nn.Module) -> list[str]:
 
 
 def test_memory_is_that_of_the_last_fuse():
-    model = fuse(tiny(), memory="recompute")
+    model = fuse(tiny(), memory="projections")
+    projections = [row.name for row in report(model).rows if row.memory == "projections"]
+    assert projections == [name for name, m in model.named_modules() if getattr(m, "downsample", None) is not None]
+    fuse(model, memory="recompute")
     assert memory_of(model) == ["save", *["recompute"] * 3]  # a stem has nothing to recompute
     fuse(model, filter_fn=lambda name, module: name == "layer1.1")
     assert memory_of(model) == ["save", "recompute", "save", "recompute"]

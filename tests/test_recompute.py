@@ -1,4 +1,4 @@
-"""``fuse(model, memory="recompute")``: the same bits as with "save", from fewer saved tensors."""
+"""``fuse(model, memory=...)``: with "recompute" and "projections" the bits of "save", from fewer saved tensors."""
 
 from __future__ import annotations
 
@@ -56,9 +56,12 @@ few_blocks = pytest.mark.parametrize(
 )
 
 
-def twins(block: nn.Module, **options: object) -> tuple[nn.Module, nn.Module]:
+less_memory = pytest.mark.parametrize("memory", ["projections", "recompute"])
+
+
+def twins(block: nn.Module, memory: str = "recompute", **options: object) -> tuple[nn.Module, nn.Module]:
     """``block`` as it recomputes, and as it saves."""
-    found = [fuse(copy.deepcopy(block), memory=memory, **options) for memory in ("recompute", "save")]
+    found = [fuse(copy.deepcopy(block), memory=kept, **options) for kept in (memory, "save")]
     return found[0], found[1]
 
 
@@ -89,10 +92,11 @@ def convolutions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, weakref.ref
 
 
 @blocks
+@less_memory
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_blocks_have_the_same_bits(case, dtype, backend):
-    ours, theirs = twins(pair(case, dtype=dtype)[0], backend=backend)
+def test_blocks_have_the_same_bits(case, memory, dtype, backend):
+    ours, theirs = twins(pair(case, dtype=dtype)[0], memory, backend=backend)
     x = block_input(case, dtype=dtype)
     assert_same_bits(step(ours, x), step(theirs, x))
     assert_same_bits(dict(ours.named_buffers()), dict(theirs.named_buffers()), "buffers")
@@ -107,11 +111,12 @@ def test_blocks_train_as_torchvisions(case):
 
 @both_kinds
 @every_unit
-def test_units_have_the_same_bits(kind, unit):
+@less_memory
+def test_units_have_the_same_bits(kind, unit, memory):
     """Every shortcut and rule, with norms in training, in eval and mixed."""
     for case in (*SHORTCUTS, *RULES, *(WIDTHS if kind == "bottleneck" else ())):
         for mode in MODES:
-            ours, theirs = twins(set_mode(build_unit(kind, unit, case), mode))
+            ours, theirs = twins(set_mode(build_unit(kind, unit, case), mode), memory)
             x = unit_input(case)
             assert_same_bits(run_block(ours, x), run_block(theirs, x), f"{case.why}, {mode}")
 
@@ -228,17 +233,20 @@ def test_backward_twice():
 
 
 @few_blocks
-def test_what_the_sum_read_is_freed(case, convolutions):
-    """After forward the outputs of the last convolution and of the projection are gone, those before are not."""
-    chain = 2 if case.kind == "basic" else 3
-    for block, kept in zip(twins(pair(case)[0]), (chain - 1, None), strict=True):
+@less_memory
+def test_what_the_sum_read_is_freed(case, memory, convolutions):
+    """After forward the outputs of the projection, and of the last convolution, are gone, those before are not."""
+    chain, projected = 2 if case.kind == "basic" else 3, case.shortcut == "projection"
+    last = [3 if case.kind == "basic" else 1]
+    gone = {"projections": [], "recompute": last}[memory] + [1] * projected
+    for block, again in zip(twins(pair(case)[0], memory), (gone, []), strict=True):
         out = block(block_input(case).requires_grad_())
         outputs = [ref for _, ref in convolutions]
-        assert len(outputs) == chain + (case.shortcut == "projection")
-        assert [ref() is not None for ref in outputs] == [kept is None or i < kept for i in range(len(outputs))]
+        assert len(outputs) == chain + projected
+        kept = len(outputs) - len(again)
+        assert [ref() is not None for ref in outputs] == [i < kept for i in range(len(outputs))]
         convolutions.clear()
         out.sum().backward()
-        again = [] if kept is None else [3 if case.kind == "basic" else 1] + [1] * (case.shortcut == "projection")
         assert [kernel for kernel, _ in convolutions] == again
         convolutions.clear()
 
@@ -271,9 +279,10 @@ def test_only_what_backward_reads_is_computed_again(unit, rule, mode, asked, exp
     assert len(convolutions) == expected
 
 
-def test_gates_of_the_branch_recompute_nothing(convolutions):
+@less_memory
+def test_gates_of_the_branch_recompute_nothing(memory, convolutions):
     case = next(case for case in RULES if case.rule == ("squeeze",))
-    block = fuse(build_unit("basic", "original", case), memory="recompute")
+    block = fuse(build_unit("basic", "original", case), memory=memory)
     out = block(unit_input(case))
     convolutions.clear()
     out.sum().backward()

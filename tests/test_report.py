@@ -337,5 +337,7 @@ def test_wrong_options_are_answered_in_one_line(capsys, arguments, expected) -> 
 
 def test_every_implementation_of_the_goal_belongs_to_a_peer() -> None:
     known = {impl for impls in report.PEERS.values() for impl in impls}
-    named = "fused fused_recompute eager eager_nchw compile compile_max_autotune cudnn jax onnxruntime"
+    named = (
+        "fused fused_projections fused_recompute eager eager_nchw compile compile_max_autotune cudnn jax onnxruntime"
+    )
     assert known == set(named.split())

@@ -28,7 +28,7 @@ from torchvision.models import resnet
 import resnet_fused
 from harness import jax_peer, onnx_peer
 from harness.kernels import BATCH, HEADLINE, SMOKE, build
-from harness.protocol import FUSED, GRAPH, RECOMPUTE, Prepared, Unavailable
+from harness.protocol import FUSED, GRAPH, LESS_MEMORY, Prepared, Unavailable
 from harness.rows import DTYPES
 from resnet_fused import traffic
 from resnet_fused.cli import bench, models
@@ -217,8 +217,8 @@ class ModuleBench:
             return module, self.x
         module = module.to(memory_format=torch.channels_last)
         x = self.x.contiguous(memory_format=torch.channels_last)
-        if name in (FUSED, RECOMPUTE):
-            module = resnet_fused.fuse(module, memory="recompute" if name == RECOMPUTE else "save")
+        if name == FUSED or name in LESS_MEMORY:
+            module = resnet_fused.fuse(module, memory=LESS_MEMORY.get(name, "save"))
         if name in COMPILED:
             module = torch.compile(module, mode=COMPILED[name], dynamic=False)
         return module, x
@@ -338,8 +338,8 @@ def _settings(device: torch.device, size: int) -> Iterator[Setting]:
 
 def _impls(device: torch.device, mode: str) -> tuple[str, ...]:
     if device.type == "cuda":
-        return (*ON_GPU, RECOMPUTE, RECOMPUTE + GRAPH) if mode == "train" else ON_GPU
-    return (*ON_CPU, RECOMPUTE if mode == "train" else "onnxruntime")
+        return (*ON_GPU, *LESS_MEMORY) if mode == "train" else ON_GPU
+    return (*ON_CPU, *LESS_MEMORY) if mode == "train" else (*ON_CPU, "onnxruntime")
 
 
 def networks(device: torch.device) -> list[ModuleCase]:

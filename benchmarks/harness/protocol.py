@@ -27,7 +27,7 @@ from resnet_fused.cli.ceilings import Rates
 from resnet_fused.traffic import Traffic
 
 FUSED = "fused"
-RECOMPUTE = "fused_recompute"  # with memory="recompute", in training
+LESS_MEMORY = {"fused_projections": "projections", "fused_recompute": "recompute"}  # as `fuse` takes it, in training
 GRAPH = "+graph"
 _HOST_CALLS = 5  # of which the median is the host's time of a call
 _FLUSH_BYTES = 256 * 2**20  # beyond the L2 of any GPU so far
@@ -202,7 +202,7 @@ def _verified(bench: Bench, impl: str, judge: _Judge) -> tuple[Prepared | None, 
 
 def _failed(impl: str, error: Exception) -> Result:
     # As text: the frames of a traceback would keep the operands on the device.
-    fails = impl.removesuffix(GRAPH) in (FUSED, RECOMPUTE)
+    fails = impl.removesuffix(GRAPH) in (FUSED, *LESS_MEMORY)
     return Result(first_line(error), "".join(traceback.format_exception(error)) if fails else None)
 
 

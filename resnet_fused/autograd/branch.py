@@ -40,7 +40,7 @@ class BranchSpec(NamedTuple):
     dtype: torch.dtype  # of the convolutions' operands
     pre: NormSpec | None = None  # the chain reads relu(bn(x))
     pre_relu: bool = False  # the chain reads relu(x)
-    recompute: bool = False  # backward computes what the sum read once more, instead of keeping it
+    memory: str = "save"  # of what the sum read: see `recomputed`
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -59,8 +59,9 @@ class BranchSpec(NamedTuple):
 
     @property
     def recomputed(self) -> range:
-        """Layers whose outputs are not saved: the chain's last and the projection."""
-        return range(self.last, len(self.layers)) if self.recompute else range(0)
+        """Layers whose outputs are not saved: none, the projection, or the chain's last and the projection."""
+        first = {"save": len(self.layers), "projections": len(self.chain), "recompute": self.last}[self.memory]
+        return range(first, len(self.layers))
 
 
 class Inputs(NamedTuple):

@@ -2,9 +2,9 @@
 
 The original unit (1512.03385) is ``relu(bn(conv(... relu(bn(conv(x))))) + shortcut)``: BasicBlock is a chain of two
 convolutions, Bottleneck of three. Saved for backward are the input, each convolution's output, the per-channel norms
-and the sign of the sum; a norm of the sum saves the sum, too. With ``BranchSpec.recompute`` the outputs that the sum
-reads are not saved: backward computes them again where it reads them. (The sum itself stays saved under its norm: it
-would cost the convolutions and one more pass.)
+and the sign of the sum; a norm of the sum saves the sum, too. The outputs of the layers ``BranchSpec.recomputed`` are
+not saved: backward computes them again where it reads them. (The sum itself stays saved under its norm: it would cost
+the convolutions and one more pass.)
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def train(block: Any, structure: Structure, x: Tensor) -> Tensor:
         *(tiles or ()),
     )
     emits = getattr(block, "emit_statistics", False) and block.training and not torch.compiler.is_compiling()
-    branch = _branch_spec(structure, dtype, block._resnet_fused_memory == "recompute")
+    branch = _branch_spec(structure, dtype, block._resnet_fused_memory)
     end = EndSpec(
         mixed.mix,
         unit.has_shortcut,
@@ -88,7 +88,7 @@ def _gated(structure: Structure, total: Tensor, branch: BranchSpec, end: EndSpec
     x, post = inputs.x, structure.unit.post
     flat = sources(structure if post is None else structure._replace(unit=structure.unit._replace(post=None)))
     with no_autocast(x):
-        branch = branch._replace(recompute=False)  # the end reads what the branch made
+        branch = branch._replace(memory="save")  # the end reads what the branch made
         half = HalfSpec(branch, end.branch_relu, torch.is_grad_enabled())
         y, side, pooled, *vectors = BranchFunction.apply(half, *_distinct([*inputs, *flat]))
     vectors, moments = vectors[:4], vectors[4:]
@@ -131,7 +131,7 @@ def _shortcut(structure: Structure, x: Tensor, outside: Tensor | None, dtype: to
     return channels_last(shortcut.expand(chain_shape(structure, tuple(x.shape))))  # a sum broadcasts
 
 
-def _branch_spec(structure: Structure, dtype: torch.dtype, recompute: bool) -> BranchSpec:
+def _branch_spec(structure: Structure, dtype: torch.dtype, memory: str) -> BranchSpec:
     unit = structure.unit
     return BranchSpec(
         tuple(_layer(pair) for pair in structure.chain),
@@ -139,7 +139,7 @@ def _branch_spec(structure: Structure, dtype: torch.dtype, recompute: bool) -> B
         dtype,
         None if unit.pre is None else norms.spec(unit.pre),
         unit.pre_relu,
-        recompute,
+        memory,
     )
 
 

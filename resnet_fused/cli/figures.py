@@ -12,7 +12,8 @@ from resnet_fused.cli.results import FUSED, PEERS, Results, Row, fastest
 FIGURES = ("roofline", "networks", "memory")
 _COLORS = {
     FUSED: "#2a9d5c",
-    "fused_recompute": "#95d5b2",
+    "fused_projections": "#74c69d",
+    "fused_recompute": "#b7e4c7",
     "eager": "#8d99ae",
     "compile": "#f4a261",
     "cudnn": "#457b9d",

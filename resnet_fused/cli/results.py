@@ -22,8 +22,8 @@ _COMMIT = ("id", "time", "dirty")
 _SMOKE = "smoke"  # begins the names of their models
 
 FUSED = "fused"
-OURS = (FUSED, "fused_recompute")
-"""This package's implementations: with ``memory="save"``, which is held against the peers, and ``"recompute"``."""
+OURS = (FUSED, "fused_projections", "fused_recompute")
+"""This package's implementations: with ``memory="save"``, which is held against the peers, and with the others."""
 
 
 @dataclass(frozen=True)
