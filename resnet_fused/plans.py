@@ -55,28 +55,60 @@ _everywhere = False  # whether calls on the CPU are planned too; there is little
 
 def call(function: Function, static: Hashable, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``function(static, *tensors)``, by a plan where there is one; the first tensor tells the device."""
+    return _call(_plans, (function, static), function, static, tensors, ())
+
+
+class Own:
+    """Plans of one function with one static argument, such as an object that it is a method of; they live as this does.
+
+    Args:
+        fixed: tensors that the function reads besides its arguments. They are not looked at again: they are to stay
+            what and where they are.
+    """
+
+    def __init__(self, fixed: Sequence[Tensor] = ()) -> None:
+        self._fixed = tuple(fixed)
+        self._plans: dict[Hashable, Plan] = {}
+
+    def call(self, function: Function, static: Any, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """As :func:`call`."""
+        return _call(self._plans, (), function, static, tensors, self._fixed)
+
+    def plans(self) -> list[Plan]:
+        """All that were made."""
+        return [plan for plan in list(self._plans.values()) if plan is not _SEEN]
+
+
+def _call(
+    kept: dict[Hashable, Plan],
+    name: tuple[Hashable, ...],
+    function: Function,
+    static: Any,
+    tensors: Sequence[Tensor | None],
+    fixed: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
     first = tensors[0]
     assert first is not None
     if not _plannable(first):
         return function(static, *tensors)
-    key = (function, static, *_kinds(tensors), *_settings(first))
-    plan = _plans.get(key)
+    key = (*name, *_kinds(tensors), *_settings(first))
+    plan = kept.get(key)
     if plan is not None and plan.run is not None:
-        return _replay(plan.run, first, tensors)
+        return _replay(plan.run, first, (*tensors, *fixed))
     if plan is None:
         with _adding:
-            while len(_plans) >= _KEPT:
-                del _plans[next(iter(_plans))]
-            _plans[key] = _SEEN
+            while len(kept) >= _KEPT:
+                del kept[next(iter(kept))]
+            kept[key] = _SEEN
     elif plan is _SEEN:
-        _plans[key] = Plan(reason="failed while it was recorded")
-        found, _plans[key] = _record(function, static, tensors)
+        kept[key] = Plan(reason="failed while it was recorded")
+        found, kept[key] = _record(function, static, tensors, fixed)
         return found
     return function(static, *tensors)
 
 
 def plans() -> list[Plan]:
-    """All that are kept."""
+    """All that were made by :func:`call`."""
     return [plan for plan in list(_plans.values()) if plan is not _SEEN]
 
 
@@ -358,10 +390,11 @@ def unseen() -> Iterator[None]:
 
 
 def _record(
-    function: Function, static: Hashable, tensors: Sequence[Tensor | None]
+    function: Function, static: Any, tensors: Sequence[Tensor | None], fixed: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor | None, ...], Plan]:
     """Run the function, and make its plan."""
-    found = Recorder(tensors)
+    given = (*tensors, *fixed)
+    found = Recorder(given)
     _local.recorder = found
     try:
         with found:
@@ -371,7 +404,7 @@ def _record(
     if found.reason is None:
         try:
             refs = [None if t is None else found.ref(t) for t in outs]
-            return outs, _Writer(found, len(tensors), refs).plan()
+            return outs, _Writer(found, len(given), refs).plan()
         except _Unplannable as reason:
             found.reason = str(reason)
     return outs, Plan(reason=found.reason)

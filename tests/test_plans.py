@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import plans, tuning, use_backend
+from resnet_fused.blocks import inference
 from resnet_fused.kernels import _launch
 from resnet_fused.ops._op import observed
 
@@ -369,3 +370,88 @@ def test_blocks_of_one_kind_share_their_plans():
         for block in (first, second):
             _train(block, x, 3)
     assert len(kept()) == 2
+
+
+# --- inference --------------------------------------------------------------------------------------------------------
+
+
+def _infer(block: torch.nn.Module, backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and that of the calls as they are written."""
+    with torch.no_grad(), use_backend(backend):
+        found = block(x)
+        with plans.suspended():
+            return found, block(x)
+
+
+def _own(block: torch.nn.Module) -> list[plans.Plan]:
+    """The plans of what is kept for a block's inference."""
+    found = [program._plans for program in inference._kept[block].made.values()]
+    return [plan for own in found if own is not None for plan in own.plans()]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("triton", torch.float16), ("reference", torch.float64)], ids=["triton", "reference"]
+)
+def test_inference_of_a_block(name, backend, dtype):
+    block, _ = pair(name, dtype)
+    block.eval()
+    for seed in range(4):
+        x = randn(3, block_channels(name), 6, 7, seed=seed, dtype=dtype, device=DEVICE)
+        found, written = _infer(block, backend, x.to(memory_format=torch.channels_last))
+        assert torch.equal(found, written), seed
+    # What PyTorch's modules compute is not planned; nor is a gate.
+    planned = name not in (GATED, "full pre-activation, projection")
+    assert [plan.reason for plan in _own(block)] == [None] * planned
+    assert kept() == []
+
+
+def test_inference_follows_its_weights():
+    """Folded anew, a block's inference is planned anew; what it had is freed with its plans."""
+    block, _ = pair("bottleneck projection", torch.float32)
+    block.eval()
+    x = randn(2, 16, 5, 5, dtype=torch.float32, device=DEVICE).to(memory_format=torch.channels_last)
+    folded = []
+    for value in (0.5, 2.0):
+        with torch.no_grad():
+            block.conv3.weight.mul_(value)
+        for _ in range(4):
+            found, written = _infer(block, "triton", x)
+            assert torch.equal(found, written)
+        assert len(_own(block)) == 1
+        (program,) = inference._kept[block].made.values()
+        folded.append(weakref.ref(program._folded[0]))
+        del program
+    assert folded[0]() is None
+    assert folded[1]() is not None
+    assert kept() == []
+
+
+def test_inference_under_autocast():
+    """What is repeated has operands of autocast's dtype already; autocast must not come between."""
+    block, _ = pair("bottleneck projection", torch.float32)
+    block.eval()
+    x = randn(2, 16, 5, 5, dtype=torch.float32, device=DEVICE).to(memory_format=torch.channels_last)
+    for _ in range(4):
+        with torch.autocast(DEVICE, torch.float16):
+            found, written = _infer(block, "reference", x)
+        assert found.dtype == torch.float16
+        assert torch.equal(found, written)
+    assert [plan.reason for plan in _own(block)] == [None]
+
+
+def test_inference_with_another_alignment_and_in_inference_mode():
+    block, _ = pair("bottleneck", torch.float16)
+    block.eval()
+    x = randn(2, 32, 5, 5, dtype=torch.float16, device=DEVICE).to(memory_format=torch.channels_last)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].as_strided(x.shape, x.stride()).copy_(x)
+    for given in (x, shifted, x, shifted):
+        for _ in range(2):
+            found, written = _infer(block, "triton", given)
+            assert torch.equal(found, written)
+    with torch.inference_mode():
+        for _ in range(3):
+            found, written = _infer(block, "triton", x)
+            assert found.is_inference()
+            assert torch.equal(found, written)
+    assert len(_own(block)) == 3

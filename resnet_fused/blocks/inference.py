@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from resnet_fused import backends, ops
+from resnet_fused import backends, ops, plans
 from resnet_fused.autograd.layer import no_autocast
 from resnet_fused.blocks import norms, paths, pinned
 from resnet_fused.blocks.layout import channels_last, eager_format, like_eager, operand_dtype
@@ -69,12 +69,31 @@ class Program:
         unit, wide = structure.unit, compute_dtype(self._dtype)
         self._pre = None if unit.pre is None else frozen_norm(unit.pre, wide)
         self._post = None if unit.post is None else frozen_norm(unit.post, wide)
+        self._folded: list[Tensor] = [v for norm in (self._pre, self._post) if norm is not None for v in norm]
+        self._plans: plans.Own | None = None  # when all is folded
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._backend == "auto" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self._run(x)
+        if self._backend == "auto":
+            return self._call(x)
         with backends.use_backend(self._backend):
-            return self._run(x)
+            return self._call(x)
+
+    def _call(self, x: Tensor) -> Tensor:
+        if self._plans is not None:
+            with no_autocast(x):
+                (out,) = self._plans.call(Program._alone, self, [x])
+            assert out is not None
+            return out
+        out = self._run(x)
+        # Modules of PyTorch's and rules of mixing may do anything at each call.
+        if self._structure.before is None and self._structure.unit.mixing is None:
+            self._plans = plans.Own(self._folded)
+        return out
+
+    def _alone(self, x: Tensor) -> tuple[Tensor]:
+        return (self._run(x),)
 
     def _run(self, x: Tensor) -> Tensor:
         structure, unit = self._structure, self._structure.unit
@@ -157,6 +176,8 @@ class Program:
         step = self._steps.get(name)
         if step is None:
             weight, bias = fold(conv, norm, self._dtype)
+            slopes = _slopes(slope, conv.out_channels, self._dtype)
+            self._folded += [t for t in (weight, bias, slopes) if t is not None]
             step = self._steps[name] = ops.conv(conv.kernel_size[0]).bind(
                 h,
                 weight,
@@ -164,7 +185,7 @@ class Program:
                 geometry(conv),
                 residual=residual,
                 relu=relu,
-                slope=_slopes(slope, conv.out_channels, self._dtype),
+                slope=slopes,
                 overwrite_residual=overwrite_residual,
             )
         return step(x, residual)
