@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 from cuda_helpers import CASES, LARGER, emulate, supported
+from harness import kernels
 from kernel_helpers import DEVICE, maker
 from test_ops import ABSENT, DIRECTIONS, Maker, samples
 
-from resnet_fused import backends, extension, tuning
+from resnet_fused import backends, extension, tuning, use_backend
 from resnet_fused.cuda import conv3x3
 from resnet_fused.ops._op import ops as registered
 from resnet_fused.tuning import ConvConfig, measure, tables
@@ -128,6 +129,20 @@ def test_hopper_s_instructions_come_first_where_there_are_any(cuda_kernels):
         chips = [chip for chip, *_ in getattr(problem, direction)(**forms).configs]
         assert chips == sorted(chips), "hopper, then portable"
         assert set(chips) == {"hopper", "portable"}
+
+
+def test_a_row_of_the_benchmarks_names_the_configurations_of_its_launches(cuda_kernels):
+    launches = {"conv3x3_fprop": 1, "conv3x3_infer": 1, "conv3x3_dgrad": 1, "conv3x3_wgrad": 1, "conv3x3_bprop": 2}
+    cases = {case.op: case for case in kernels.smoke() if case.op in launches}
+    assert cases.keys() == launches.keys()
+    for op, case in cases.items():
+        args = kernels.realise(op, case.args, torch.device(DEVICE))
+        with use_backend("cuda"):
+            backend, *labels = kernels.chosen(op, args).split(", ")
+        assert backend == "cuda"
+        assert len(labels) == launches[op]
+        if op != "conv3x3_bprop":
+            assert labels == [label(conv3x3.candidates(op, *args)[0])]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -26,6 +26,7 @@ from harness.rows import DTYPES
 from resnet_fused import backends, reference, traffic, tuning
 from resnet_fused.cli.ceilings import Rates
 from resnet_fused.cli.compare import FLOORS
+from resnet_fused.cuda import _device
 from resnet_fused.ops._op import ops as registered
 from resnet_fused.tuning import calls
 
@@ -260,7 +261,15 @@ def chosen(op: str, args: tuple[Any, ...]) -> str:
         labels.append(tuning.configs.label(config))
         return config
 
-    with mock.patch.object(tuning, "choose", noted):
+    run = _device.run
+
+    def launched(function: Callable[..., None], *given: Any) -> None:
+        config = getattr(getattr(function, "__self__", None), "config", None)  # of the extension's convolutions
+        if config is not None:
+            labels.append(tuning.configs.label(tuning.ConvConfig(*config)))
+        run(function, *given)
+
+    with mock.patch.object(tuning, "choose", noted), mock.patch.object(_device, "run", launched):
         registered[op](*args)
     return ", ".join([backends.choose(op, *args).backend, *labels])
 
