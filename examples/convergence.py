@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=range(10, 17),
         default=12,
         metavar="N",
-        help="10 (less proves nothing) to 16 (default: 12)",
+        help="10 to 16 (default: 12)",
     )
     parser.add_argument("--depth", type=int, metavar="N", help="layers, 6n + 2 (default: 20; with --quick 8)")
     parser.add_argument("--bottleneck", action="store_true", help="units four times as wide; 9n + 2 layers")

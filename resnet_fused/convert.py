@@ -58,8 +58,8 @@ def fuse(
         model: any module; blocks of torchvision, timm and this package are found at any depth.
         backend: force one backend on these blocks in eager mode; "auto" chooses per op.
         memory: what a block keeps for backward: "save" its input and every convolution's output; "projections" all but
-            the output of the shortcut's projection; "recompute" neither that nor the last convolution's output, a
-            Bottleneck's largest. Backward computes what is missing once more from the same operands. Under
+            the output of the shortcut's projection; "recompute" neither that nor the last convolution's output, both as
+            large as the block's. Backward computes what is missing once more from the same operands. Under
             torch.compile the compiler has the last word. Stems and norms have nothing to recompute; nor has a block
             whose gate is computed from the branch (squeeze-and-excitation), for the gate keeps it.
         filter_fn: called with (qualified name, module); only those for which it returns True are swapped.

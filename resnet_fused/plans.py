@@ -231,6 +231,9 @@ _ALLOCATIONS = frozenset(
 )
 
 
+_OF_DTYPES = frozenset([torch.ops.aten.promote_types, torch.ops.aten.result_type])  # what they return, the key decides
+
+
 class _Unplannable(Exception):
     """Why what was seen cannot be done again."""
 
@@ -287,6 +290,8 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        if func.overloadpacket in _OF_DTYPES:
+            return
         several = isinstance(out, (tuple, list))
         outs = list(out) if several else [out]
         if not all(t is None or isinstance(t, Tensor) for t in outs):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers import assert_close, dtype_id
+from helpers import assert_close, dtype_id, randn
 from kernel_helpers import DEVICE, DTYPES, compare, maker, run
 
 pytest.importorskip("triton")
 
-from resnet_fused import backends, reference
+from resnet_fused import backends, reference, use_backend
 from resnet_fused.kernels import _launch, batch_norm
 from resnet_fused.kernels._launch import recording
+from resnet_fused.ops._op import ops
 from resnet_fused.tuning import RowsConfig
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -126,13 +129,28 @@ def test_counters_of_a_capture(monkeypatch):
     assert not first.any()
     assert _launch._counters_of_capture(1, device, _launch._COUNTERS) is first
     assert _launch._counters_of_capture(2, device, 3) is not first
-    assert _launch._counters_of_capture(1, device, _launch._COUNTERS + 1).numel() == _launch._COUNTERS + 1
     capture[0] = 8
     second = _launch._counters_of_capture(1, device, 3)
     assert second is not first
     assert _launch._counters_of_capture(1, device, 3) is second
     capture[0] = None  # the driver's function is missing
     assert _launch._counters_of_capture(1, device, 3) is not _launch._counters_of_capture(1, device, 3)
+
+
+def test_compiled_code_keeps_no_counters(monkeypatch):
+    """What the dispatcher runs may allocate from a graph's pool, where nothing of ours may stay."""
+    held = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    gpu, counters, given = SimpleNamespace(type="cuda", index=0), _launch.counters, []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(_launch.plans, "captures", lambda device: False)
+    monkeypatch.setattr(_launch, "_counters_of", lambda stream, device: held)
+    monkeypatch.setattr(_launch, "_zeros", lambda device, needed: torch.zeros(needed, dtype=torch.int32, device=DEVICE))
+    monkeypatch.setattr(batch_norm, "counters", lambda device, needed: given.append(counters(gpu, needed)) or given[-1])
+    y = randn(2, 4, 3, 3, dtype=torch.float32, device=DEVICE)
+    with use_backend("triton"):
+        for call in (ops["bn_statistics"], torch.ops.resnet_fused.bn_statistics, ops["bn_statistics"]):
+            assert call(y)[0].item() == 18
+    assert [found is held for found in given] == [True, False, True]
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import torch
 from helpers import randn
 from kernel_helpers import DEVICE
 from plan_helpers import compare, draw, kept, reasons
+from torch import Tensor
 
 from resnet_fused import ops, plans, use_backend
 from resnet_fused.cuda._device import run
@@ -165,6 +166,26 @@ def test_the_stream_is_that_of_the_call():
         with torch.cuda.stream(side):
             plans.call(function, None, [x])
         assert streams[-1] == side.cuda_stream
+
+
+def test_what_is_looked_up_for_a_stream_is_looked_up_again():
+    found = {0: torch.zeros(3, device=DEVICE)}
+    asked: list[tuple[int, int]] = []
+
+    def look_up(stream: int, key: int) -> Tensor:
+        asked.append((stream, key))
+        return found[key]
+
+    def function(static, x):
+        recorder = plans.recorder()
+        kept = look_up(0, 0) if recorder is None else recorder.make(0, look_up, 0)
+        return (x + kept,)
+
+    for value, x in enumerate(draw(3)):
+        found[0] = torch.full((3,), float(value), device=DEVICE, dtype=torch.float64)
+        assert torch.equal(plans.call(function, None, [x])[0], x + value)
+    assert [key for _, key in asked] == [0] * 4
+    assert kept()[0].count("(stream, 0)") == 1
 
 
 def test_several_tensors_as_one_argument_are_not_planned():

@@ -267,16 +267,20 @@ def test_what_the_sum_read_is_freed(case, memory, convolutions):
         ("full_preact", "sum", "train", "all", 1),
     ],
 )
-def test_only_what_backward_reads_is_computed_again(unit, rule, mode, asked, expected, convolutions):
-    """A bottleneck with a projection."""
+def test_only_what_backward_reads_is_saved_or_computed_again(unit, rule, mode, asked, expected, convolutions):
+    """Of the last convolution and the projection of a bottleneck."""
     case = next(c for c in (*SHORTCUTS, *RULES) if c.shortcut == "projection" and c.rule[0] == rule)
-    block = fuse(set_mode(build_unit("bottleneck", unit, case), mode), memory="recompute")
-    for name, p in block.named_parameters():
-        p.requires_grad_(asked in ("all", name))
-    out = block(unit_input(case).requires_grad_(asked in ("all", "x")))
-    convolutions.clear()
-    out.sum().backward()
-    assert len(convolutions) == expected
+    for block, saved, again in zip(
+        twins(set_mode(build_unit("bottleneck", unit, case), mode)), (0, expected), (expected, 0), strict=True
+    ):
+        for name, p in block.named_parameters():
+            p.requires_grad_(asked in ("all", name))
+        out = block(unit_input(case).requires_grad_(asked in ("all", "x")))
+        assert sum(ref() is not None for _, ref in convolutions[-2:]) == saved
+        convolutions.clear()
+        out.sum().backward()
+        assert len(convolutions) == again
+        convolutions.clear()
 
 
 @less_memory

@@ -14,6 +14,7 @@
 #
 # A stage ends after SECONDS (default 500) and half a minute at most; what it has by then is kept. The exit code is that
 # of its worst command. RESNET_FUSED_BACKEND=cuda,triton,aten has bench, profile and converge run kernels that are no default yet.
+# Plans, no default yet either, are on; RESNET_FUSED_PLANS=0 turns them off.
 # PYTHON names the interpreter (default: python3). Compiled kernels stay in build/triton for the stages that follow. Wheels in
 # build/wheels are installed first: pytest-xdist, say, without which the tests take one process and many times as long.
 set -uo pipefail
@@ -30,6 +31,7 @@ python="${PYTHON:-python3}"
 mkdir -p "$out" && out="$(realpath "$out")" || exit 2
 logs="$(mktemp -d)"
 trap 'tar -czf "$out/$stage.tar.gz" -C "$logs" . && rm -r "$logs"' EXIT
+export RESNET_FUSED_PLANS="${RESNET_FUSED_PLANS:-1}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/build/triton}" COLUMNS=180
 
 left() { # the share 1/$1 of the seconds that are left

@@ -191,9 +191,15 @@ def forward(
     return branch
 
 
-def keep(spec: BranchSpec, branch: Branch, parameters: Sequence[Parameters]) -> list[Tensor | None]:
-    """What is saved: the layers' outputs but those that backward computes again, and the weights that were cast."""
-    ys = [None if i in spec.recomputed else y for i, y in enumerate(branch.ys)]
+def keep(
+    spec: BranchSpec, branch: Branch, parameters: Sequence[Parameters], is_read: Callable[[int], bool]
+) -> list[Tensor | None]:
+    """What is saved: the layers' outputs, and the weights that were cast.
+
+    Of the outputs that the sum read those are left out that backward computes again, or does not read (``is_read(i)``).
+    """
+    dropped = [i for i in range(spec.last, len(branch.ys)) if i in spec.recomputed or not is_read(i)]
+    ys = [None if i in dropped else y for i, y in enumerate(branch.ys)]
     pairs = zip(branch.weights, _weights(parameters), strict=True)
     return [*ys, *(None if cast.dtype == weight.dtype else cast for cast, weight in pairs)]
 
@@ -238,7 +244,9 @@ def recompute(
 
     An output whose values nobody reads (``is_read(i)``) gets its shape and dtype alone. ``like`` has that shape.
     """
-    for i in spec.recomputed:
+    for i in range(spec.last, len(spec.layers)):
+        if branch.ys[i] is not None:
+            continue
         if is_read(i):
             layer, h = spec.layers[i], layer_input(spec, branch, i, shortcut, slope)
             branch.ys[i], _ = ops.conv(layer.kernel).fprop(h, branch.weights[i], layer.conv, statistics=False)

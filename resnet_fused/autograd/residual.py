@@ -2,14 +2,14 @@
 
 The original unit (1512.03385) is ``relu(bn(conv(... relu(bn(conv(x))))) + shortcut)``: BasicBlock is a chain of two
 convolutions, Bottleneck of three. Saved for backward are the input, each convolution's output, the per-channel norms
-and the sign of the sum; a norm of the sum saves the sum, too. The outputs of the layers ``BranchSpec.recomputed`` are
-not saved: backward computes them again where it reads them. (The sum itself stays saved under its norm: it would cost
-the convolutions and one more pass.)
+and the sign of the sum; a norm of the sum saves the sum, too. Of what the sum read nothing is saved that backward does
+not read (under frozen norms, say), nor the outputs of the layers ``BranchSpec.recomputed``: those it computes again.
+(The sum itself stays saved under its norm: it would cost the convolutions and one more pass.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +73,7 @@ class ResidualFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: ResidualSpec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         needs_gradient = spec.differentiable and any(ctx.needs_input_grad)
-        found = planned(_forward, (spec, needs_gradient), tensors, spec.norms)
+        found = planned(_forward, (spec, ctx.needs_input_grad[1:] if needs_gradient else None), tensors, spec.norms)
         handed_out = 1 + (TILES if spec.end.statistics else 0)
         made, moments = handed_out + spec.moments, found[handed_out : handed_out + spec.moments]
         ctx.mark_non_differentiable(*found[1:handed_out], *moments)
@@ -97,9 +97,9 @@ class ResidualFunction(torch.autograd.Function):
             return (None, *planned(_backward, (spec, ctx.needs_input_grad[1:]), (dout, *saved), spec.norms))
 
 
-def _forward(static: tuple[ResidualSpec, bool], *tensors: Any) -> tuple[Tensor | None, ...]:
+def _forward(static: tuple[ResidualSpec, Sequence[bool] | None], *tensors: Any) -> tuple[Tensor | None, ...]:
     """The output, its statistics if asked for, the batch's moments, and what is kept: sign, sum, layers, norms."""
-    spec, needs_gradient = static
+    spec, needs = static
     inputs, parameters = Inputs(*tensors[:INPUTS]), Parameters.split(tensors[INPUTS:])
     own, post = spec.split(parameters)
     tiles = known(inputs.counts, inputs.mean, inputs.m2)
@@ -111,12 +111,14 @@ def _forward(static: tuple[ResidualSpec, bool], *tensors: Any) -> tuple[Tensor |
         inputs.gate,
         inputs.end_slope,
         post,
-        sign=needs_gradient,
+        sign=needs is not None,
     )
     results = [*branch.results, *([] if end.kept.post is None else [end.kept.post])]
     statistics = end.tiles if spec.end.statistics else ()
-    made = branches.keep(spec.branch, branch, own)
-    kept = (end.kept.sign, end.kept.total, *made, *keep_results(results)) if needs_gradient else ()
+    kept: tuple[Tensor | None, ...] = ()
+    if needs is not None:
+        made = branches.keep(spec.branch, branch, own, _reads(spec, inputs, _wanted(spec, inputs, needs)[0]))
+        kept = (end.kept.sign, end.kept.total, *made, *keep_results(results))
     return (end.out, *statistics, *branches.moments(results, parameters), *kept)
 
 
@@ -125,6 +127,19 @@ def _added(spec: ResidualSpec, branch: Branch, inputs: Inputs):
     if spec.branch.projection is not None:
         return branch.deferred(spec.branch.last + 1)
     return inputs.x if inputs.shortcut is None else inputs.shortcut
+
+
+def _wanted(spec: ResidualSpec, inputs: Inputs, needs: Sequence[bool]) -> tuple[Wanted, Any]:
+    """Which gradients are asked for, of the branch and of the sum's norm; ``needs`` is flat, as the arguments are."""
+    x, shortcut, _, slope, *_ = needs[:INPUTS]
+    own, post = spec.split([needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)])
+    return Wanted(spec.branch, x, None if inputs.shortcut is None else shortcut, slope, own), post
+
+
+def _reads(spec: ResidualSpec, inputs: Inputs, wanted: Wanted) -> Callable[[int], bool]:
+    """Whether backward reads the output of a layer, one of those that the sum reads."""
+    materialised = ends.materialises(spec.end, inputs.gate, inputs.end_slope)
+    return lambda i: materialised or wanted.sums(i)
 
 
 def _backward(static: tuple[ResidualSpec, Any], dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
@@ -137,21 +152,15 @@ def _backward(static: tuple[ResidualSpec, Any], dout: Tensor, *saved: Any) -> tu
     results, post_result = spec.split(found_results(rest[made : made + RESULT * norms]))
     branch, kept = branches.kept(spec.branch, rest, x, own, results), Kept(sign, total, post_result)
     need = dict(zip(Inputs._fields, needs[:INPUTS], strict=True))
-    each = [needs[i : i + TENSORS] for i in range(INPUTS, len(needs), TENSORS)]
-    own_needs, post_needs = spec.split(each)
-    need_outside = None if inputs.shortcut is None else need["shortcut"]
-    wanted = Wanted(spec.branch, need["x"], need_outside, need["slope"], own_needs)
+    wanted, post_needs = _wanted(spec, inputs, needs)
     last, projected = spec.branch.last, spec.branch.projection is not None
     dout = channels_last(dout)
-    materialised = ends.materialises(spec.end, inputs.gate, inputs.end_slope)
-    branches.recompute(
-        spec.branch, branch, inputs.shortcut, inputs.slope, lambda i: materialised or wanted.sums(i), dout
-    )
+    branches.recompute(spec.branch, branch, inputs.shortcut, inputs.slope, _reads(spec, inputs, wanted), dout)
     added = branch.ys[last + 1] if projected else inputs.x if inputs.shortcut is None else inputs.shortcut
     if projected:
-        need_shortcut = wanted.shortcut or any(own_needs[last + 1])
+        need_shortcut = wanted.shortcut or any(wanted.parameters[last + 1])
     else:
-        need_shortcut = need["x"] if inputs.shortcut is None else need["shortcut"]
+        need_shortcut = need["x" if inputs.shortcut is None else "shortcut"]
     found = ends.backward(
         spec.end,
         dout,

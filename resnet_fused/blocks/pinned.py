@@ -7,6 +7,7 @@ replay runs none of this package's code, the owner is told when what they were m
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
@@ -24,7 +25,8 @@ class Pins:
         self.sources: list[Tensor] = []  # what it was made from
         self.complete = False  # whether the graph is being captured: what is made then lies in the graph's own memory
         self.void = False  # whether a source may have been written to without a new version
-        _live.add(self)
+        with _changing:
+            _live.add(self)
 
     def hold(
         self, owner: nn.Module, sources: Sequence[Tensor | None], kind: Hashable, made: Callable[[Tensor], Tensor]
@@ -50,6 +52,7 @@ class Pins:
 
 
 _live: weakref.WeakSet[Pins] = weakref.WeakSet()
+_changing = threading.Lock()  # optimizers and modes of other models change in other threads
 _current: ContextVar[Pins | None] = ContextVar("resnet_fused_pins", default=None)
 
 
@@ -70,17 +73,22 @@ def current() -> Pins | None:
 
 def forget(owner: nn.Module) -> None:
     """Void what was made for models that ``owner`` is a part of."""
-    for pins in _live:
+    for pins in _all():
         if owner in pins.modules:
             pins.void = True
 
 
 def written(parameters: Sequence[Any]) -> None:
     """Void what was made from the memory of these parameters."""
-    if _live:
-        storages = {_storage(p) for p in parameters}
-        for pins in _live:
-            pins.void = pins.void or any(_storage(t) in storages for t in pins.sources)
+    storages: set[int] = set()
+    for pins in _all():
+        storages = storages or {_storage(p) for p in parameters}
+        pins.void = pins.void or any(_storage(t) in storages for t in pins.sources)
+
+
+def _all() -> list[Pins]:
+    with _changing:
+        return list(_live)
 
 
 def _storage(t: Tensor) -> int:

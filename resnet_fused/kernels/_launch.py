@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import config, plans
+from resnet_fused.ops._op import is_dispatched
 
 
 class Launch(NamedTuple):
@@ -137,38 +138,42 @@ def counters(device: torch.device, needed: int) -> Tensor:
     """Zeros (int32) that a kernel counts its programs' arrivals in, and leaves at zero again.
 
     One buffer for each device and stream, since kernels of one stream follow each other. A graph may be replayed in any
-    stream: what is captured gets a buffer of its own, which the graph zeroes.
+    stream: what is captured gets a buffer of its own, which the graph zeroes. Compiled code, which may put all memory
+    of a call into a graph's pool, gets one that nobody holds.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if device.type == "cuda" and plans.captures(device):
+    if device.type != "cuda" or needed > _COUNTERS or is_dispatched():
+        return _zeros(device, needed)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if plans.captures(device):
         return _counters_of_capture(stream, device, needed)
     recorder = plans.recorder()
-    return (
-        _counters_of(stream, device, needed)
-        if recorder is None
-        else recorder.make(stream, _counters_of, device, needed)
-    )
+    return _counters_of(stream, device) if recorder is None else recorder.make(stream, _counters_of, device)
 
 
-def _counters_of(stream: int, device: torch.device, needed: int) -> Tensor:
-    if device.type != "cuda" or needed > _COUNTERS:
-        return torch.zeros(needed, dtype=torch.int32, device=device)
+def _zeros(device: torch.device, needed: int = _COUNTERS) -> Tensor:
+    return torch.zeros(needed, dtype=torch.int32, device=device)
+
+
+def _counters_of(stream: int, device: torch.device) -> Tensor:
     key = device.index, stream
     found = _counters.get(key)
     if found is None:
-        found = _counters[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        found = _counters[key] = _zeros(device)
     return found
 
 
 def _counters_of_capture(stream: int, device: torch.device, needed: int) -> Tensor:
-    """One buffer for all that one stream does in one capture; the last is held, since freed memory is used again."""
+    """One buffer for all that one stream does in one capture.
+
+    It is held until the next capture in the stream, or the allocator would hand it out within this one.
+    """
     capture = _capture_id(stream)
-    if capture is None or needed > _COUNTERS:
-        return torch.zeros(needed, dtype=torch.int32, device=device)
+    if capture is None:
+        return _zeros(device, needed)
     key = device.index, stream
     known, found = _captured.get(key, (None, None))
     if found is None or known != capture:
-        found = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        found = _zeros(device)
         _captured[key] = capture, found
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -38,6 +39,14 @@ def observed(observer: Observer) -> Iterator[None]:
         _observer = before
 
 
+_local = threading.local()
+
+
+def is_dispatched() -> bool:
+    """Whether an op of this thread is run by the dispatcher: for compiled code, say, which may own a call's memory."""
+    return getattr(_local, "dispatched", False)
+
+
 class Op:
     """A registered op ``resnet_fused::<name>``.
 
@@ -52,7 +61,7 @@ class Op:
         self.check = check
         _library.define(schema, tags=_TAGS)
         for key in ("CPU", "CUDA"):
-            _library.impl(self.name, self.run, key)
+            _library.impl(self.name, self._dispatched, key)
 
         def checked_fake(*args: Any) -> Any:
             check(*args)
@@ -68,6 +77,13 @@ class Op:
             return run(*args)
         with _observer(self.name, args):
             return run(*args)
+
+    def _dispatched(self, *args: Any) -> Any:
+        before, _local.dispatched = is_dispatched(), True
+        try:
+            return self.run(*args)
+        finally:
+            _local.dispatched = before
 
     def run(self, *args: Any) -> Any:
         """Check the arguments, choose a backend, run it."""
