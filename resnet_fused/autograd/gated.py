@@ -75,10 +75,8 @@ class BranchFunction(torch.autograd.Function):
             ctx.spec, ctx.backend = half, forced_backend()
             ctx.set_materialize_grads(False)
             kept = keep_parameters(spec.norms, flat)
-            saved, made = (
-                (inputs.x, inputs.shortcut, inputs.slope, sign),
-                branches.keep(spec, branch, parameters, lambda i: True),
-            )
+            saved = (inputs.x, inputs.shortcut, inputs.slope, sign)
+            made = branches.keep(spec, branch, parameters, lambda i: True)
             ctx.save_for_backward(*saved, *made, *keep_results(branch.results), *kept)
         y = last if isinstance(last, Tensor) else last.y
         return (y, side, ops.bn_add_relu.pool(last), *vectors, *moments)

@@ -53,7 +53,7 @@ class NormReLUFunction(torch.autograd.Function):
         needs_gradient = spec.differentiable and any(ctx.needs_input_grad)
         found = planned(_forward, (spec.norm, needs_gradient), (x, counts, mean, m2, *parameters), [spec.norm])
         out, sign, *norm, own_counts, var = found
-        moments = [] if own_counts is None else [norm[_MEAN], var]
+        moments = [] if own_counts is None else [Norm(*norm).mean, var]
         ctx.mark_non_differentiable(*moments)
         if needs_gradient:
             ctx.spec, ctx.backend = spec, forced_backend()
@@ -75,9 +75,6 @@ class NormReLUFunction(torch.autograd.Function):
         with no_autocast(dout), same_backend(ctx.backend):
             dx, *gradients = planned(_backward, (spec, needs[5:]), (dout, x, *saved), [spec])
         return None, dx if needs[1] else None, None, None, None, *gradients, None, None
-
-
-_MEAN = Norm._fields.index("mean")
 
 
 def _forward(static: tuple[NormSpec, bool], x: Tensor, counts, mean, m2, *parameters: Tensor | None):

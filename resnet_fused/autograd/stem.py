@@ -39,7 +39,7 @@ class StemFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: NormSpec, y: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         out, *norm, counts, var = planned(_forward, spec, (y, *parameters), [spec])
-        moments = [] if counts is None else [norm[_MEAN], var]
+        moments = [] if counts is None else [Norm(*norm).mean, var]
         ctx.mark_non_differentiable(*moments)
         if any(ctx.needs_input_grad):
             ctx.spec, ctx.backend = spec, forced_backend()
@@ -61,9 +61,6 @@ class StemFunction(torch.autograd.Function):
         with no_autocast(dout), same_backend(ctx.backend):
             found = planned(_backward, (spec, needs), (dout, y, *saved), [spec])
         return (None, *found, None, None)
-
-
-_MEAN = Norm._fields.index("mean")
 
 
 def _forward(spec: NormSpec, y: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:

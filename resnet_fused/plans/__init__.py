@@ -1,6 +1,6 @@
 """Plans: what a function did on the device, as straight-line Python; the next call skips all that decided about it.
 
-A block's forward is some ten launches behind a hundred decisions, which shapes and settings fix. :func:`call` runs a
+A block is a score of launches behind many checks and choices, which shapes and settings decide. :func:`call` runs a
 function as it is written the first time that it sees arguments of some kind; the second time it records allocations,
 launches and PyTorch's computing operators; from the third time on these alone are done again. Views are gone: a launch
 takes addresses. What is allocated is freed after its last use, as before.
